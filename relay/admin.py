@@ -1,0 +1,62 @@
+"""The admin port: health checks and metrics, for people and machines that are not nodes.
+
+Every worker listens on it and answers for all workers of the host: readiness is a flag in memory that they
+share, metrics are read from the files of all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
+
+from relay import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.app import Relay
+
+
+def application(relay: Relay, stopping: Callable[[], bool]) -> web.Application:
+    """Return the admin application of one worker.
+
+    Args:
+        relay: whose state is shown.
+        stopping: whether the whole relay (not only this worker) was told to stop.
+    """
+    app = web.Application()
+
+    async def livez(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        # An upstream outage is a detail: an unready relay would hand its nodes to whatever error
+        # the balancer makes, and most of those end a node.
+        stop = stopping()
+        body = {
+            "ready": not stop,
+            "reason": "draining" if stop else "serving",
+            "version": __version__,
+            "upstream": relay.pool.state(),
+        }
+        return web.json_response(body, status=503 if stop else 200)
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    app.router.add_get("/livez", livez)
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
+def exposition() -> bytes:
+    """Return the metrics of all workers in Prometheus' text format; of this process alone outside `serve`."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(REGISTRY)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)

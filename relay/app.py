@@ -1,0 +1,123 @@
+"""Composition root: Settings become a relay that is ready to serve. The one module that knows all parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from relay.call import Call, Reply, Wire
+from relay.fleet import Method
+from relay.pipeline import Chain, Handler, Policy, compose
+from relay.policies import ORDER, AccessLog, Metrics, Validate, metrics
+from relay.upstreams import http_v1 as upstream_http_v1
+from relay.upstreams import rest_v0 as upstream_rest_v0
+from relay.upstreams.http import Timeouts
+from relay.upstreams.pool import Pool, Target, tls_context
+from relay.wires.forwarded import Forwarding
+from relay.wires.http import Front, Route
+from relay.wires.http_request import Receiver
+from relay.wires.http_v1 import HTTP_V1
+from relay.wires.rest_v0 import REST_V0
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from relay.settings import Listener, Settings
+
+SPECS = {spec.wire: spec for spec in (HTTP_V1, REST_V0)}
+UPSTREAMS = {Wire.HTTP_V1: upstream_http_v1.upstream, Wire.REST_V0: upstream_rest_v0.upstream}
+
+#: Most bytes that are held of a body for a policy that needs it whole.
+BUFFER_LIMIT = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """A composed relay, inside the event loop of one worker.
+
+    Attributes:
+        fronts: one per listener, in the order of the settings.
+        pool: connections to the SuperLink.
+    """
+
+    fronts: tuple[Front, ...]
+    pool: Pool
+
+
+def build(settings: Settings) -> Relay:
+    """Compose the relay. Call it inside the running event loop.
+
+    Raises:
+        OSError: `upstream.ca_file` cannot be read.
+    """
+    pool = _pool(settings)
+    timeouts = Timeouts(settings.upstream.response_timeout, settings.upstream.heartbeat_timeout)
+    upstream = UPSTREAMS[settings.upstream.wire](pool, timeouts)
+    chosen = policies(settings)
+    fronts = tuple(
+        Front(
+            _routes(settings, listener, chosen, upstream),
+            Receiver(
+                Forwarding(listener.trusted_proxies),
+                settings.limits.max_body,
+                settings.upstream.idle_timeout,
+            ),
+            idle_timeout=settings.upstream.idle_timeout,
+            on_stray=metrics.stray,
+        )
+        for listener in settings.listeners
+    )
+    return Relay(fronts, pool)
+
+
+def policies(settings: Settings) -> tuple[Policy, ...]:
+    """Return the policies that these settings ask for, each with its own section alone, in ORDER."""
+    made: dict[type, Policy] = {
+        Metrics: Metrics(),
+        AccessLog: AccessLog(debug=settings.log.level == "debug"),
+        Validate: Validate(),
+    }
+    return tuple(made[policy] for policy in ORDER)
+
+
+def chains(settings: Settings) -> Iterator[tuple[Listener, Wire, Method, Chain]]:
+    """Yield what `flwr-relay explain` prints: each chain as `build` composes it, but for its upstream."""
+    chosen = policies(settings)
+    for listener in settings.listeners:
+        for wire in listener.wires:
+            for method in Method:
+                yield listener, wire, method, _chain(settings, chosen, _unreachable, method)
+
+
+async def _unreachable(_: Call) -> Reply:
+    raise AssertionError("an explained chain is not called")
+
+
+def _chain(settings: Settings, chosen: tuple[Policy, ...], upstream: Handler, method: Method) -> Chain:
+    name = f"{settings.upstream.wire.value} {settings.upstream.url}"
+    return compose(chosen, upstream, method, upstream_name=name, buffer_limit=BUFFER_LIMIT)
+
+
+def _routes(
+    settings: Settings, listener: Listener, chosen: tuple[Policy, ...], upstream: Handler
+) -> dict[str, Route]:
+    return {
+        SPECS[wire].prefix + method.path: Route(
+            SPECS[wire], method, _chain(settings, chosen, upstream, method).handler
+        )
+        for wire in listener.wires
+        for method in Method
+    }
+
+
+def _pool(settings: Settings) -> Pool:
+    section = settings.upstream
+    tls = tls_context(section.ca_file) if section.url.tls else None
+    return Pool(
+        Target(section.url.host, section.url.port, section.url.authority, tls),
+        connect_timeout=section.connect_timeout,
+        idle_timeout=section.idle_timeout,
+        keepalive=section.keepalive,
+        max_connections=section.max_connections,
+        queue_timeout=section.queue_timeout,
+    )

@@ -1,0 +1,127 @@
+"""What a node of each wire is told for each reason: the one table that decides whether nodes live.
+
+A SuperNode survives very few answers, and each generation other ones (measured with real processes;
+docs/flower-compatibility.md). The rules below follow from these facts:
+
+HTTP v1 (flwr >= 1.40): 502, 503, 504 and a closed connection are retried for ever. 404, 413, 429 and
+500 end the node on a pull, drop the message in the object phase and kill the heartbeat thread. 401
+shuts the node down. 403 drops the message at hand, and kills the heartbeat thread.
+
+REST v0 (flwr 1.23 to 1.32): no status but 200 is survived on a pull, nor on register and activate; on
+an object fetch it makes the node stop polling. Only a closed connection is retried, except on a
+heartbeat: there a close kills the thread, and any status is retried.
+
+All: a pull answered with 200 and no bytes means "nothing for you now", and the node polls again in 3 s,
+also one that was started with --max-retries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, assert_never
+
+from relay.call import Wire
+from relay.fleet import Kind, Method
+from relay.refusal import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Answer with this HTTP status and a short plain text."""
+
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Close the connection without an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Empty:
+    """Answer 200 with zero bytes of application/protobuf: an empty message of any type."""
+
+
+Answer = Status | Drop | Empty
+
+
+class Cell(NamedTuple):
+    """One cell of the table: the answer, and why this one."""
+
+    answer: Answer
+    why: str
+
+
+def answer(wire: Wire, reason: Reason, method: Method | None) -> Answer:
+    """Return what a node of this wire is told.
+
+    Args:
+        wire: the wire that the node speaks.
+        reason: why there is no answer of the SuperLink's.
+        method: what it had asked; None for a Fleet method that we do not know.
+    """
+    return TABLE[wire, reason, method].answer
+
+
+_NOTHING_NOW = Cell(Empty(), "nothing for you now: polled again in 3 s by every generation")
+_RETRIED_503 = Cell(Status(503), "retried with backoff, without limit")
+_HEARTBEAT_503 = Cell(Status(503), "the next heartbeat comes; anything else but a 5xx kills the thread")
+_KICK_401 = Cell(Status(401), "the wish is that this node goes: it deactivates and exits")
+_DROP_MESSAGE_403 = Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
+_CLOSE = Cell(Drop(), "a closed connection is retried; a status would end the node")
+
+# Reasons whose cause lies in this one call, so that the same bytes again would fare no better.
+_LASTING = frozenset({Reason.FORBIDDEN, Reason.TOO_LARGE, Reason.UPSTREAM_REJECTED})
+
+
+def _http_v1(reason: Reason, kind: Kind | None) -> Cell:
+    if reason is Reason.UNAUTHENTICATED:
+        return _KICK_401
+    match kind:
+        case Kind.PULL:
+            return _NOTHING_NOW
+        case Kind.HEARTBEAT:
+            return _HEARTBEAT_503
+        case Kind.FETCH | Kind.PUSH | Kind.CONFIRM if reason in _LASTING:
+            return _DROP_MESSAGE_403
+        case Kind.JOIN | Kind.FETCH | Kind.PUSH | Kind.CONFIRM | Kind.LEAVE | None:
+            return _RETRIED_503
+        case _:
+            assert_never(kind)
+
+
+def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
+    match kind:
+        case Kind.HEARTBEAT:
+            return Cell(Status(503), "any status is retried; a close would kill the heartbeat thread")
+        case Kind.PULL | Kind.JOIN if reason is Reason.UNAUTHENTICATED:
+            return Cell(Status(401), "the wish is that this node goes: it exits on any status but 200")
+        case Kind.PULL:
+            return _NOTHING_NOW
+        case Kind.PUSH if reason in _LASTING or reason is Reason.UNAUTHENTICATED:
+            return Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
+        case Kind.FETCH | Kind.CONFIRM:
+            return Cell(Drop(), "a closed connection is retried; after a status the node never polls again")
+        case Kind.JOIN | Kind.LEAVE | Kind.PUSH | None:
+            return _CLOSE
+        case _:
+            assert_never(kind)
+
+
+def _cell(wire: Wire, reason: Reason, kind: Kind | None) -> Cell:
+    match wire:
+        case Wire.HTTP_V1:
+            return _http_v1(reason, kind)
+        case Wire.REST_V0:
+            return _rest_v0(reason, kind)
+        case _:
+            assert_never(wire)
+
+
+#: Every cell; `method` None stands for a Fleet method that we do not know.
+TABLE: dict[tuple[Wire, Reason, Method | None], Cell] = {
+    (wire, reason, method): _cell(wire, reason, method.kind if method else None)
+    for wire in Wire
+    for reason in Reason
+    for method in (*Method, None)
+}

@@ -1,0 +1,197 @@
+"""The Fleet API catalogue: what a SuperNode can ask of a SuperLink, written down once.
+
+Twelve methods, the same in every flwr release from 1.23 to 1.42 (field numbers compared over the
+`fleet_pb2` descriptors of 1.23, 1.30, 1.32.1, 1.33, 1.39, 1.41 and 1.42: later releases only add
+`session_id` to PushObject and PushMessages). Everything that the relay decides by method comes from
+here: paths, message types, what may be repeated, what may be cached, where the ids stand in the bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+
+class Kind(enum.Enum):
+    """What a method means in a node's life; a SuperNode reacts to a failure by kind."""
+
+    JOIN = "join"
+    LEAVE = "leave"
+    HEARTBEAT = "heartbeat"
+    PULL = "pull"
+    FETCH = "fetch"
+    CONFIRM = "confirm"
+    PUSH = "push"
+
+
+class _Ids(NamedTuple):
+    """Field numbers of the ids in a request; 0 where the request has none."""
+
+    node: int = 1
+    node_is_message: bool = True
+    run: int = 0
+    object: int = 0
+
+
+_NONE = _Ids(node=0)
+_BARE_NODE = _Ids(node_is_message=False)
+_OBJECT = _Ids(run=2, object=3)
+
+
+class Method(enum.Enum):
+    """A Fleet method. The value is its RPC name; the attributes are its row of the catalogue.
+
+    Attributes:
+        rpc: name in `flwr.proto.Fleet`, e.g. `PullMessages`; also the `method` label of metrics.
+        path: last segment of its HTTP path, e.g. `pull-messages`.
+        request, response: message type names in `flwr.proto.*_pb2`.
+        kind: its meaning in a node's life.
+        repeatable: sending the same bytes again after an ambiguous failure is safe
+            (pull-messages hands a message out once; push-object answers `stored=false` the second
+            time; register, activate, deactivate and unregister fail the second time).
+        cacheable: two nodes that are entitled to it get the same bytes.
+    """
+
+    REGISTER_NODE = ("RegisterNode", Kind.JOIN, _NONE)
+    ACTIVATE_NODE = ("ActivateNode", Kind.JOIN, _NONE)
+    DEACTIVATE_NODE = ("DeactivateNode", Kind.LEAVE, _BARE_NODE)
+    UNREGISTER_NODE = ("UnregisterNode", Kind.LEAVE, _BARE_NODE)
+    SEND_NODE_HEARTBEAT = ("SendNodeHeartbeat", Kind.HEARTBEAT, _Ids())
+    PULL_MESSAGES = ("PullMessages", Kind.PULL, _Ids())
+    PUSH_MESSAGES = ("PushMessages", Kind.PUSH, _Ids())
+    GET_RUN = ("GetRun", Kind.FETCH, _Ids(run=2))
+    GET_FAB = ("GetFab", Kind.FETCH, _Ids(run=3, object=2))
+    PUSH_OBJECT = ("PushObject", Kind.PUSH, _OBJECT)
+    PULL_OBJECT = ("PullObject", Kind.FETCH, _OBJECT)
+    CONFIRM_MESSAGE_RECEIVED = ("ConfirmMessageReceived", Kind.CONFIRM, _OBJECT)
+
+    def __new__(cls, rpc: str, _kind: Kind, _ids: _Ids) -> Self:
+        member = object.__new__(cls)
+        member._value_ = rpc
+        return member
+
+    def __init__(self, rpc: str, kind: Kind, ids: _Ids) -> None:
+        self.rpc = rpc
+        self.kind = kind
+        self.ids = ids
+        self.path = self.name.lower().replace("_", "-")
+        # Registration is the one pair of messages that carries "Fleet" in its name, since the
+        # Control API has a RegisterNode of its own.
+        fleet = "Fleet" if rpc in {"RegisterNode", "UnregisterNode"} else ""
+        self.request = f"{rpc}{fleet}Request"
+        self.response = f"{rpc}{fleet}Response"
+        self.repeatable = rpc in {
+            "SendNodeHeartbeat",
+            "GetRun",
+            "GetFab",
+            "PullObject",
+            "PushMessages",
+            "ConfirmMessageReceived",
+        }
+        self.cacheable = rpc in {"GetRun", "GetFab", "PullObject"}
+
+    # Enum hashes by name in Python code; identity is as good and keeps table look-ups cheap.
+    __hash__ = object.__hash__
+
+
+BY_PATH = {method.path: method for method in Method}
+
+
+class Ids(NamedTuple):
+    """The ids that stand at the head of a request; None where absent or not within the bytes seen."""
+
+    node_id: int | None = None
+    run_id: int | None = None
+    object_id: str | None = None
+
+
+# An id stands within the first bytes of every request: node and run take at most 25, an object id 66.
+PEEK_BYTES = 256
+
+
+def peek(method: Method, head: bytes) -> Ids:
+    """Read the ids from the first bytes of a serialized request, without parsing the message.
+
+    Args:
+        method: whose request it is.
+        head: its first bytes (PEEK_BYTES are enough), or all of it.
+
+    Returns:
+        What was found. Never raises: bytes that are no protobuf give None, so this is for
+        routing and logs; it is no validation.
+    """
+    at = method.ids
+    node: int | None = None
+    run: int | None = None
+    obj: str | None = None
+    try:
+        for number, value in _fields(head):
+            if number == at.node and at.node:
+                node = _node_id(value) if at.node_is_message else _uint(value)
+            elif number == at.run and at.run:
+                run = _uint(value)
+            elif number == at.object and at.object and isinstance(value, bytes):
+                obj = value.decode("ascii")
+    except (_TruncatedError, UnicodeDecodeError):
+        pass
+    return Ids(node, run, obj)
+
+
+class _TruncatedError(Exception):
+    """The bytes end, or stop being protobuf, in the middle of a field."""
+
+
+def _uint(value: int | bytes) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _node_id(value: int | bytes) -> int | None:
+    if isinstance(value, bytes):
+        for number, inner in _fields(value):
+            if number == 1:
+                return _uint(inner)
+    return None
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of the varint and length-delimited fields, in their order.
+
+    Encoding: https://protobuf.dev/programming-guides/encoding
+    """
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = _varint(data, at)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == 0:
+            value, at = _varint(data, at)
+            yield number, value
+        elif wire_type == 2:
+            size, at = _varint(data, at)
+            if at + size > end:
+                raise _TruncatedError
+            yield number, data[at : at + size]
+            at += size
+        elif wire_type == 1:
+            at += 8
+        elif wire_type == 5:
+            at += 4
+        else:
+            raise _TruncatedError
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        if at >= len(data):
+            raise _TruncatedError
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, at
+        shift += 7
+    raise _TruncatedError

@@ -1,0 +1,72 @@
+"""Write down how each call ended: at debug if all is well, at info if refused, louder if lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import structlog
+
+from relay.call import Call, Ending, Reply, Source, View
+from relay.fleet import PEEK_BYTES, peek
+
+if TYPE_CHECKING:
+    from relay.fleet import Method
+    from relay.pipeline import Handler
+
+log = structlog.get_logger("relay.access")
+
+
+class AccessLog:
+    """One line per call. The ids in it are read from the bytes at hand, and only if the line is written."""
+
+    name: ClassVar[str] = "access_log"
+    sees: ClassVar[View] = View.PEEK
+
+    def __init__(self, *, debug: bool) -> None:
+        """Write every call if `debug`, else only what did not go well."""
+        self._debug = debug
+
+    def applies(self, method: Method) -> bool:
+        """Every call is written down."""
+        return True
+
+    async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+        """Pass the call on; the line is written when it has ended."""
+        head = b""
+        if self._debug:
+            head = await call.payload.peek(PEEK_BYTES)
+        call.on_end(lambda call, ending: self._write(call, ending, head))
+        return await next(call)
+
+    def _write(self, call: Call, ending: Ending, head: bytes) -> None:
+        if ending.outcome == "ok":
+            if self._debug:
+                log.debug("call", **_fields(call, ending, head))
+        elif ending.lost:
+            # The SuperLink has answered and the node does not know: for pull-messages a message is at stake.
+            log.warning("answer lost", **_fields(call, ending, head or call.payload.data or b""))
+        elif ending.refusal is not None:
+            log.info("call refused", **_fields(call, ending, head or call.payload.data or b""))
+        else:
+            log.info("call", **_fields(call, ending, head or call.payload.data or b""))
+
+
+def _fields(call: Call, ending: Ending, head: bytes) -> dict[str, Any]:
+    ids = peek(call.method, head)
+    fields: dict[str, Any] = {
+        "method": call.method.rpc,
+        "wire": call.wire.value,
+        "outcome": ending.outcome,
+        "source": (ending.source or Source.LOCAL).value,
+        "peer": call.peer,
+        "node_id": ids.node_id,
+        "run_id": ids.run_id,
+        "bytes_in": call.payload.passed,
+        "bytes_out": ending.sent,
+        "ms": round(ending.seconds * 1000, 2),
+        "request_id": call.request_id,
+    }
+    if ending.refusal is not None:
+        fields["detail"] = ending.refusal.detail
+        fields["by"] = ending.refusal.by
+    return fields

@@ -1,0 +1,52 @@
+"""Why a call got no answer from the SuperLink: a closed set of reasons, and the exception that carries one.
+
+A policy or an upstream names a reason; only the dialect knows what a node of each wire is told.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Reason(enum.Enum):
+    """Why a call was refused. The value is its name in logs and metrics."""
+
+    RATE_LIMITED = "rate_limited"
+    OVERLOADED = "overloaded"
+    UPSTREAM_DOWN = "upstream_down"
+    UPSTREAM_TIMEOUT = "upstream_timeout"
+    UPSTREAM_BAD_ANSWER = "upstream_bad_answer"
+    UPSTREAM_REJECTED = "upstream_rejected"
+    BREAKER_OPEN = "breaker_open"
+    DRAINING = "draining"
+    UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
+    TOO_LARGE = "too_large"
+    MALFORMED = "malformed"
+    UNSUPPORTED = "unsupported"
+    INTERNAL = "internal"
+
+    __hash__ = object.__hash__
+
+
+class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer, not an error of ours
+    """Raised by a policy or an upstream instead of a Reply; caught once, at the wire.
+
+    Attributes:
+        reason: what the dialect renders.
+        detail: for the log only, never for the node: what happened, with the original.
+        by: the policy or upstream that said it.
+    """
+
+    def __init__(self, reason: Reason, detail: str = "", *, by: str = "relay") -> None:
+        super().__init__(f"{reason.value} by {by}: {detail}" if detail else f"{reason.value} by {by}")
+        self.reason = reason
+        self.detail = detail
+        self.by = by
+
+
+class NodeGone(Exception):  # noqa: N818 - it names the event
+    """The node closed its connection before its request was complete or its answer written.
+
+    There is nobody left to answer; what was under way for it is given up.
+    """

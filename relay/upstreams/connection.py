@@ -1,0 +1,380 @@
+"""One HTTP/1.1 connection to an upstream: an asyncio protocol that carries one exchange at a time.
+
+Rules:
+    1. A connection returns to its pool only after a whole request was written, a whole response came in,
+       and the response was taken: what was not read yet lies in the connection itself.
+    2. Bytes that nobody asked for, a response before its request was complete, or anything that is not
+       HTTP end the connection, never the worker.
+    3. Reading pauses when the node is slower than the upstream, writing waits when the upstream is
+       slower than the node; neither holds more than HIGH_WATER bytes.
+    4. Whoever waits here is woken by data, by the loss of the connection, or by its timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, cast
+
+import httptools
+
+from relay.refusal import Reason, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.call import Metadata, Payload
+
+HIGH_WATER = 1024 * 1024
+LOW_WATER = 256 * 1024
+_LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Connection(asyncio.Protocol):
+    """One connection: `exchange` sends a request; `status`, `headers`, `size`, `read` are the response.
+
+    Attributes:
+        status, headers: of the response; `headers` without its framing (content-length, transfer-encoding).
+        size: bytes of the response body, None if the upstream did not say.
+        idle_since: event-loop time at which the last exchange ended.
+    """
+
+    __slots__ = (
+        "_buffered",
+        "_chunked",
+        "_drained",
+        "_error",
+        "_head",
+        "_idle_timeout",
+        "_informational",
+        "_loop",
+        "_on_free",
+        "_on_lost",
+        "_parser",
+        "_paused_reading",
+        "_paused_writing",
+        "_pieces",
+        "_reader",
+        "_released",
+        "_request_done",
+        "_response_done",
+        "_transport",
+        "_until_close",
+        "headers",
+        "idle_since",
+        "name",
+        "size",
+        "status",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        idle_timeout: float,
+        *,
+        on_free: Callable[[Connection], None],
+        on_lost: Callable[[Connection], None],
+    ) -> None:
+        """Prepare a connection; `loop.create_connection` opens it.
+
+        Args:
+            name: the upstream's address, for messages.
+            idle_timeout: seconds that either side may let pass between two pieces of a body.
+            on_free: called when an exchange is over and the connection can carry the next.
+            on_lost: called once, when the connection has ended, from whatever side.
+        """
+        self.name = name
+        self._idle_timeout = idle_timeout
+        self._on_free = on_free
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._head: asyncio.Future[None] | None = None
+        self._reader: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._error: Refusal | None = None
+        self._pieces: deque[bytes] = deque()
+        self._paused_reading = False
+        self._paused_writing = False
+        self._informational = False
+        self.idle_since = 0.0
+        self._reset()
+        self._response_done = self._request_done = self._released = True
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.headers: Metadata = []
+        self.size: int | None = None
+        self._buffered = 0
+        self._chunked = False
+        self._until_close = False
+        self._request_done = False
+        self._response_done = False
+        self._released = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new exchange may start on this connection."""
+        transport = self._transport
+        return transport is not None and not transport.is_closing() and self._error is None
+
+    def take(self) -> bytes | None:
+        """Return the whole response body and free the connection if all of it is here, else None."""
+        if not self._response_done:
+            return None
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._release()
+        return body
+
+    # -- one exchange -------------------------------------------------------------------------------
+
+    async def exchange(self, head: bytes, payload: Payload, timeout: float) -> None:
+        """Send a request and wait for the head of its response.
+
+        Args:
+            head: request line and headers with the framing that fits `payload`, up to the empty line.
+            payload: the body, sent while it comes in. Chunked if it does not know its size.
+            timeout: seconds from the last byte of the request to the head of the response.
+
+        Raises:
+            Refusal: UPSTREAM_DOWN if the connection broke, UPSTREAM_TIMEOUT, UPSTREAM_BAD_ANSWER if
+                the response is not HTTP, or what reading `payload` raises.
+            NodeGone: from reading `payload`.
+        """
+        transport = self._transport
+        if transport is None:
+            raise self._down("was closed")
+        self._reset()
+        self._head = self._loop.create_future()
+        timer: asyncio.TimerHandle | None = None
+        sender: asyncio.Task[None] | None = None
+        try:
+            data = payload.data
+            if data is not None:
+                transport.write(head + data if data else head)
+                self._request_done = True
+                timer = self._loop.call_later(timeout, self._expire, self._head, "no answer", timeout)
+            else:
+                transport.write(head)
+                sender = self._loop.create_task(self._send(payload, self._head, timeout))
+            await self._head
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._head = None
+            if sender is not None and not sender.done():
+                # The answer is here before the request was: it stands, the connection does not.
+                sender.cancel()
+
+    async def _send(self, payload: Payload, head: asyncio.Future[None], timeout: float) -> None:
+        """Send the body; then give the upstream `timeout` seconds to answer."""
+        try:
+            chunked = payload.size is None
+            async for piece in payload.stream():
+                if self._transport is None or head.done():
+                    return
+                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                if self._paused_writing:
+                    await self._drain()
+            if chunked and self._transport is not None:
+                self._transport.write(_LAST_CHUNK)
+            self._request_done = True
+        except Exception as error:  # noqa: BLE001 - handed to the waiter of the head
+            if not head.done():
+                head.set_exception(error)
+            return
+        if not head.done():
+            timer = self._loop.call_later(timeout, self._expire, head, "no answer", timeout)
+            head.add_done_callback(lambda _: timer.cancel())
+
+    async def read(self) -> bytes:
+        """Return the next piece of the response body; b"" at its end.
+
+        Raises:
+            Refusal: UPSTREAM_DOWN if the connection broke within the body, UPSTREAM_TIMEOUT if
+                nothing came for `idle_timeout` seconds, UPSTREAM_BAD_ANSWER if it is no HTTP.
+        """
+        while True:
+            if self._pieces:
+                piece = self._pieces.popleft()
+                self._buffered -= len(piece)
+                if self._paused_reading and self._buffered <= LOW_WATER and self._transport is not None:
+                    self._paused_reading = False
+                    self._transport.resume_reading()
+                return piece
+            if self._response_done:
+                self._release()
+                return b""
+            if self._error is not None:
+                raise self._error
+            self._reader = self._loop.create_future()
+            timer = self._loop.call_later(
+                self._idle_timeout, self._expire, self._reader, "no further data", self._idle_timeout
+            )
+            try:
+                await self._reader
+            except BaseException:
+                self.abort()
+                raise
+            finally:
+                timer.cancel()
+                self._reader = None
+
+    def close(self) -> None:
+        """Give up what is left of the response; harmless when it was read to its end."""
+        if not self._released:
+            self._released = True
+            self.abort()
+
+    def retire(self) -> None:
+        """Close an idle connection in good order."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """End the connection at once; an exchange on it fails."""
+        if self._error is None:
+            self._error = self._down("was given up")
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=HIGH_WATER, low=LOW_WATER)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if not self._response_done and self._until_close and exc is None and self._error is None:
+            self._response_done = True
+        if not self._response_done:
+            self._fail(self._down(f"broke the connection: {exc}" if exc else "closed the connection"))
+        self._wake(self._drained)
+        self._wake(self._reader)
+        self._on_lost(self)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def data_received(self, data: bytes) -> None:
+        if self._response_done:
+            self.abort()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._fail(Refusal(Reason.UPSTREAM_BAD_ANSWER, f"no HTTP response: {error!r}", by=self.name))
+            self.abort()
+            return
+        if self.status and self._head is not None and not self._head.done():
+            self._head.set_result(None)
+        self._wake(self._reader)
+        if self._buffered > HIGH_WATER and not self._paused_reading and self._transport is not None:
+            self._paused_reading = True
+            self._transport.pause_reading()
+
+    def pause_writing(self) -> None:
+        self._paused_writing = True
+
+    def resume_writing(self) -> None:
+        self._paused_writing = False
+        self._wake(self._drained)
+
+    # -- httptools callbacks ------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._response_done:
+            raise ValueError("a second response to one request")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status:
+            return  # a trailer; nothing in Flower sends or reads one
+        match name.lower():
+            case b"content-length":
+                # llhttp has refused anything but digits, and two that differ
+                self.size = int(value)
+            case b"transfer-encoding":
+                self._chunked = True
+            case _:
+                self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:
+            self._informational = True
+            self.headers = []
+            self.size = None
+            return
+        if self._chunked:
+            self.size = None
+        elif self.size is None:
+            if status in (204, 304):
+                self.size = 0
+            else:
+                self._until_close = True
+        self.status = status
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+        self._buffered += len(body)
+
+    def on_message_complete(self) -> None:
+        if self._informational:
+            self._informational = False
+            return
+        self._response_done = True
+        if not self._request_done or not self._parser.should_keep_alive():
+            self.retire()
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        if self._released:
+            return
+        self._released = True
+        if self._paused_reading and self._transport is not None:
+            self._paused_reading = False
+            self._transport.resume_reading()
+        if self.usable:
+            self.idle_since = self._loop.time()
+            self._on_free(self)
+
+    def _fail(self, refusal: Refusal) -> None:
+        if self._response_done:
+            return  # what came is whole; only the connection is of no further use
+        if self._error is None:
+            self._error = refusal
+        for waiter in (self._head, self._reader):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(self._error)
+
+    def _expire(self, waiter: asyncio.Future[None], what: str, seconds: float) -> None:
+        if not waiter.done():
+            self._error = Refusal(Reason.UPSTREAM_TIMEOUT, f"{what} for {seconds:g} s", by=self.name)
+            waiter.set_exception(self._error)
+
+    async def _drain(self) -> None:
+        """Wait until the upstream has taken enough of what was written."""
+        self._drained = self._loop.create_future()
+        timer = self._loop.call_later(
+            self._idle_timeout, self._expire, self._drained, "took no data", self._idle_timeout
+        )
+        try:
+            await self._drained
+        finally:
+            timer.cancel()
+            self._drained = None
+
+    def _down(self, what: str) -> Refusal:
+        return Refusal(Reason.UPSTREAM_DOWN, what, by=self.name)
+
+    @staticmethod
+    def _wake(waiter: asyncio.Future[None] | None) -> None:
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

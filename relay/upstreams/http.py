@@ -1,0 +1,159 @@
+"""A SuperLink reached over HTTP/1.1: what HTTP v1 and legacy REST have in common."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from relay.call import Call, Payload, Reply, Source
+from relay.fleet import Kind, Method
+from relay.refusal import Reason, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from relay.call import Metadata
+    from relay.upstreams.connection import Connection
+    from relay.upstreams.pool import Pool
+
+CONTENT_TYPE = b"application/protobuf"
+
+#: A declared answer of up to this size is awaited whole, so that a break in it is still a clean refusal.
+WHOLE = 64 * 1024
+
+_CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+
+# RFC 9110 section 7.6.1; content-length and transfer-encoding are framing and were taken off before.
+_HOP_BY_HOP = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade", b"proxy-authenticate"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds from the last byte of a request to the head of its answer: heartbeats, and all else."""
+
+    response: float
+    heartbeat: float
+
+
+class HttpUpstream:
+    """A handler that sends a call to the SuperLink and returns its answer as it is.
+
+    An answer that would end a node is no Reply: it becomes a Refusal that carries the original in its
+    detail, and the dialect decides what the node is told.
+    """
+
+    def __init__(
+        self, pool: Pool, prefix: str, timeouts: Timeouts, passes: Mapping[int, Collection[Kind]]
+    ) -> None:
+        """Prepare the constant parts of each request.
+
+        Args:
+            pool: where connections come from.
+            prefix: path before the method's, e.g. `/v1/fleet/`.
+            timeouts: how long to wait for an answer.
+            passes: statuses besides 200 that mean something to a node, with the kinds they are passed for.
+        """
+        self.pool = pool
+        self._timeouts = timeouts
+        self._passes = {status: frozenset(kinds) for status, kinds in passes.items()}
+        host = pool.target.authority.encode("ascii")
+        self._start = {
+            method: b"POST %b%b HTTP/1.1\r\nhost: %b\r\n" % (prefix.encode(), method.path.encode(), host)
+            for method in Method
+        }
+
+    async def __call__(self, call: Call) -> Reply:
+        """Send the call and return the SuperLink's answer; its body may still be arriving.
+
+        Raises:
+            Refusal: UPSTREAM_DOWN, UPSTREAM_TIMEOUT, OVERLOADED (no free connection),
+                UPSTREAM_BAD_ANSWER or UPSTREAM_REJECTED (see `judge`), or what the node's body raises.
+            NodeGone: the node left in the middle of its body.
+        """
+        head = self._head(call)
+        connection = await self.pool.acquire()
+        timeout = self._timeout(call)
+        await connection.exchange(head, call.payload, timeout)
+        try:
+            payload = await _payload(connection)
+            self._check(call.method, connection)
+        except BaseException:
+            connection.close()
+            raise
+        return Reply(
+            payload, Source.UPSTREAM, status=connection.status, metadata=_end_to_end(connection.headers)
+        )
+
+    def _head(self, call: Call) -> bytes:
+        parts = [self._start[call.method]]
+        parts += [b"%b: %b\r\n" % pair for pair in call.metadata]
+        size = call.payload.size
+        parts.append(_CHUNKED if size is None else b"content-length: %d\r\n\r\n" % size)
+        return b"".join(parts)
+
+    def _timeout(self, call: Call) -> float:
+        own = self._timeouts.heartbeat if call.method.kind is Kind.HEARTBEAT else self._timeouts.response
+        left = call.deadline - time.monotonic()
+        return max(0.0, min(own, left))
+
+    def _check(self, method: Method, connection: Connection) -> None:
+        content_type = next((v for n, v in connection.headers if n.lower() == b"content-type"), b"")
+        reason = judge(method, connection.status, content_type, self._passes)
+        if reason is not None:
+            raise Refusal(
+                reason,
+                f"{method.rpc} was answered {connection.status} {content_type.decode('latin-1')!r}",
+                by=self.pool.name,
+            )
+
+
+async def _payload(connection: Connection) -> Payload:
+    """Wrap the response body; a small one is awaited, so that it can still become a refusal."""
+    body = connection.take()
+    if body is not None:
+        return Payload(body)
+    payload = Payload(body=connection, size=connection.size)
+    if connection.size is not None and connection.size <= WHOLE:
+        await payload.read(WHOLE)
+    return payload
+
+
+def _end_to_end(headers: Metadata) -> Metadata:
+    named = {b"x-request-id"}  # the relay's own goes to the node
+    for name, value in headers:
+        if name.lower() == b"connection":
+            named |= {token.strip().lower() for token in value.split(b",")}
+    return [pair for pair in headers if (name := pair[0].lower()) not in _HOP_BY_HOP and name not in named]
+
+
+def judge(
+    method: Method, status: int, content_type: bytes, passes: dict[int, frozenset[Kind]]
+) -> Reason | None:
+    """Say whether an upstream's answer may reach a node.
+
+    Args:
+        method: what was asked.
+        status, content_type: of the answer.
+        passes: statuses besides 200 that mean something to a node, with the kinds they are passed for.
+
+    Returns:
+        None if it may; else the reason by which the dialect answers:
+        UPSTREAM_DOWN for 502, 503 and 504; OVERLOADED for 429; UPSTREAM_REJECTED if the SuperLink (or
+        something before it) said no to a message of a run, which a node gives up and survives
+        without a relay, too; UPSTREAM_BAD_ANSWER for the rest, error pages with status 200 included.
+    """
+    if status == 200:
+        media_type = content_type.partition(b";")[0].strip().lower()
+        return None if media_type == CONTENT_TYPE else Reason.UPSTREAM_BAD_ANSWER
+    if method.kind in passes.get(status, ()):
+        return None
+    if status in (502, 503, 504):
+        return Reason.UPSTREAM_DOWN
+    if status == 429:
+        return Reason.OVERLOADED
+    if status >= 400 and method.kind in (Kind.FETCH, Kind.PUSH, Kind.CONFIRM):
+        return Reason.UPSTREAM_REJECTED
+    return Reason.UPSTREAM_BAD_ANSWER

@@ -1,0 +1,27 @@
+"""A SuperLink of flwr >= 1.40: HTTP under /v1/fleet/, with statuses that nodes understand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relay.fleet import Kind
+from relay.upstreams.http import HttpUpstream, Timeouts
+
+if TYPE_CHECKING:
+    from relay.upstreams.pool import Pool
+
+PREFIX = "/v1/fleet/"
+
+#: 401 ends a node and only the SuperLink may wish that. 403 says that a run has ended; on a heartbeat it
+#: would silence the node, which the SuperLink does not mean. 412 refuses to register or activate a node:
+#: the node exits and says why, and asking again cannot help.
+PASSES = {
+    401: set(Kind),
+    403: {Kind.PULL, Kind.FETCH, Kind.PUSH, Kind.CONFIRM, Kind.LEAVE},
+    412: {Kind.JOIN},
+}
+
+
+def upstream(pool: Pool, timeouts: Timeouts) -> HttpUpstream:
+    """Return the handler for this SuperLink."""
+    return HttpUpstream(pool, PREFIX, timeouts, PASSES)

@@ -1,0 +1,213 @@
+"""The connections of one worker to one upstream address, kept alive between calls.
+
+An idle connection is dropped before the upstream's own keep-alive ends (uvicorn, which every SuperLink
+with HTTP is, closes after 5 s): a request that meets a closing connection is lost without anybody
+knowing whether it was carried out, and pull-messages cannot be asked twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from relay.refusal import Reason, Refusal
+from relay.upstreams.connection import Connection
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an upstream is.
+
+    Attributes:
+        host, port: where to connect to.
+        authority: what goes into the Host header.
+        tls: context for https, None for http.
+    """
+
+    host: str
+    port: int
+    authority: str
+    tls: ssl.SSLContext | None
+
+
+def tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Return a client context that checks the upstream against `ca_file`, or the system's authorities.
+
+    Raises:
+        OSError: `ca_file` cannot be read or holds no certificate (ssl.SSLError is one).
+    """
+    context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class Pool:
+    """Opens, lends and retires connections. One per worker; must be made inside the running loop."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        connect_timeout: float,
+        idle_timeout: float,
+        keepalive: float,
+        max_connections: int,
+        queue_timeout: float,
+    ) -> None:
+        """Prepare an empty pool. All times in seconds; see `upstream` in docs/configuration.md."""
+        self.target = target
+        self.name = f"{target.host}:{target.port}"
+        self._connect_timeout = connect_timeout
+        self._idle_timeout = idle_timeout
+        self._keepalive = keepalive
+        self._max = max_connections
+        self._queue_timeout = queue_timeout
+        self._loop = asyncio.get_running_loop()
+        self._idle: deque[Connection] = deque()  # the most recently used one is at the right
+        self._connections: set[Connection] = set()  # lent and idle
+        self._open = 0  # those, and the ones being opened
+        self._queue: deque[asyncio.Future[Connection | None]] = deque()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._failure: str | None = None
+
+    def state(self) -> dict[str, object]:
+        """Return what an operator wants to see; `last_failure` is None once a connection was opened again."""
+        return {"address": self.name, "connections": self._open, "last_failure": self._failure}
+
+    async def acquire(self) -> Connection:
+        """Return a connection for one exchange; it comes back by itself when the response was taken.
+
+        Raises:
+            Refusal: UPSTREAM_DOWN if none can be opened, OVERLOADED if `max_connections` are busy
+                for `queue_timeout` seconds.
+        """
+        oldest = self._loop.time() - self._keepalive
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable and connection.idle_since > oldest:
+                return connection
+            connection.retire()
+        while self._open >= self._max:
+            given = await self._wait()
+            if given is not None and given.usable:
+                return given
+        return await self._connect()
+
+    async def close(self) -> None:
+        """Close idle connections now and lent ones when they come back."""
+        self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        while self._idle:
+            self._idle.pop().retire()
+
+    async def _wait(self) -> Connection | None:
+        """Wait for a connection, or for leave to open one (None)."""
+        turn: asyncio.Future[Connection | None] = self._loop.create_future()
+        self._queue.append(turn)
+        try:
+            async with asyncio.timeout(self._queue_timeout):
+                return await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                # It was given in the very moment that the wait ended: pass it on.
+                given = turn.result()
+                if given is None:
+                    self._wake_next()
+                else:
+                    self._free(given)
+            if isinstance(error, TimeoutError):
+                raise Refusal(
+                    Reason.OVERLOADED,
+                    f"all {self._max} connections were busy for {self._queue_timeout:g} s",
+                    by=self.name,
+                ) from None
+            raise
+
+    async def _connect(self) -> Connection:
+        self._open += 1
+        try:
+            connection = await self._dial()
+        except Refusal as refusal:
+            self._failure = refusal.detail
+            self._gone()
+            raise
+        except BaseException:
+            self._gone()
+            raise
+        self._failure = None
+        self._connections.add(connection)
+        return connection
+
+    async def _dial(self) -> Connection:
+        target = self.target
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await self._loop.create_connection(
+                    self._make,
+                    target.host,
+                    target.port,
+                    ssl=target.tls,
+                    server_hostname=target.host if target.tls else None,
+                )
+        except TimeoutError:
+            raise self._down(f"no connection within {self._connect_timeout:g} s") from None
+        except OSError as error:  # ssl.SSLError and socket.gaierror are
+            raise self._down(f"no connection: {error}") from error
+        if not connection.usable:
+            raise self._down("a new connection was closed at once")
+        return connection
+
+    def _down(self, detail: str) -> Refusal:
+        return Refusal(Reason.UPSTREAM_DOWN, detail, by=self.name)
+
+    def _make(self) -> Connection:
+        return Connection(self.name, self._idle_timeout, on_free=self._free, on_lost=self._lost)
+
+    def _free(self, connection: Connection) -> None:
+        if self._closed:
+            connection.retire()
+            return
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(connection)
+                return
+        self._idle.append(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(self._keepalive / 4, self._sweep)
+
+    def _lost(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return  # lost while it was being opened; `_connect` counts that
+        self._connections.remove(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._gone()
+
+    def _gone(self) -> None:
+        self._open -= 1
+        self._wake_next()
+
+    def _wake_next(self) -> None:
+        """Give the longest waiting call leave to open a connection."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _sweep(self) -> None:
+        """Retire what was idle for long; the oldest are at the left."""
+        oldest = self._loop.time() - self._keepalive
+        while self._idle and self._idle[0].idle_since <= oldest:
+            self._idle.popleft().retire()
+        self._sweeper = self._loop.call_later(self._keepalive / 4, self._sweep) if self._idle else None

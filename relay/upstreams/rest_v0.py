@@ -1,0 +1,21 @@
+"""A SuperLink of flwr 1.23 to 1.32 with `--fleet-api-type rest`: HTTP under /api/v0/fleet/.
+
+It has no status that means anything to its nodes: they treat all but 200 alike, and most of them die
+of it. So no other status is passed on, save on a push, where the node drops the message.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relay.upstreams.http import HttpUpstream, Timeouts
+
+if TYPE_CHECKING:
+    from relay.upstreams.pool import Pool
+
+PREFIX = "/api/v0/fleet/"
+
+
+def upstream(pool: Pool, timeouts: Timeouts) -> HttpUpstream:
+    """Return the handler for this SuperLink."""
+    return HttpUpstream(pool, PREFIX, timeouts, {})

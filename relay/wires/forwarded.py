@@ -1,0 +1,101 @@
+"""Who the node is behind proxies: Forwarded (RFC 7239) and X-Forwarded-*, from known proxies only."""
+
+from __future__ import annotations
+
+import ipaddress
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from relay.call import Metadata
+
+    Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Claims(NamedTuple):
+    """The forwarding headers of a request as they came; b"" where absent."""
+
+    forwarded: bytes = b""
+    for_: bytes = b""
+    proto: bytes = b""
+    host: bytes = b""
+
+
+NO_CLAIMS = Claims()
+
+
+class Forwarding:
+    """Decides per call what is believed, and writes what the upstream is told."""
+
+    def __init__(self, trusted: Collection[Network]) -> None:
+        """Believe what comes from an address in `trusted`; discard it from anybody else."""
+        self._trusted = tuple(trusted)
+        # Behind a proxy there are few direct peers, without one a node keeps its connection.
+        self._is_trusted = lru_cache(maxsize=4096)(self._look_up)
+
+    def resolve(self, direct: str, host: bytes, claims: Claims, *, tls: bool) -> tuple[str, Metadata]:
+        """Return the node's address and the forwarding headers for the upstream.
+
+        Args:
+            direct: address at the other end of the connection; "" for a Unix socket.
+            host: Host header of the request.
+            claims: what the request says of its way.
+            tls: whether this connection is TLS.
+        """
+        proto = b"https" if tls else b"http"
+        node = _node(direct)
+        element = b"for=%b;host=%b;proto=%b" % (_quoted(node), _quoted(host), proto)
+        if claims is NO_CLAIMS or not self._is_trusted(direct):
+            return direct, [
+                (b"forwarded", element),
+                (b"x-forwarded-for", direct.encode() or b"unknown"),
+                (b"x-forwarded-proto", proto),
+                (b"x-forwarded-host", host),
+            ]
+        hops = [hop.strip() for hop in claims.for_.split(b",") if hop.strip()]
+        return self._client(hops) or direct, [
+            (b"forwarded", claims.forwarded + b", " + element if claims.forwarded else element),
+            (b"x-forwarded-for", b", ".join([*hops, direct.encode() or b"unknown"])),
+            (b"x-forwarded-proto", claims.proto or proto),
+            (b"x-forwarded-host", claims.host or host),
+        ]
+
+    def _client(self, hops: list[bytes]) -> str:
+        """Return the last hop that is no proxy of ours: what stands before it anybody may have written."""
+        address = ""
+        for hop in reversed(hops):
+            text = hop.decode("latin-1")
+            if not _address(text):
+                break
+            address = text
+            if not self._is_trusted(text):
+                break
+        return address
+
+    def _look_up(self, address: str) -> bool:
+        parsed = _address(address)
+        return parsed is not None and any(parsed in network for network in self._trusted)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    mapped = getattr(address, "ipv4_mapped", None)
+    return mapped or address
+
+
+def _node(address: str) -> bytes:
+    if not address:
+        return b"unknown"
+    return f"[{address}]".encode() if ":" in address else address.encode()
+
+
+def _quoted(value: bytes) -> bytes:
+    """Quote what is no token of RFC 9110 (a port, an IPv6 address); the C parser let no control byte in."""
+    if value.replace(b".", b"").replace(b"-", b"").isalnum():
+        return value
+    return b'"%b"' % value.replace(b"\\", b"\\\\").replace(b'"', b'\\"')

@@ -1,0 +1,314 @@
+"""HTTP/1.1 as nodes speak it: what HTTP v1 and legacy REST have in common.
+
+A `Front` serves one listener. It works on aiohttp's low-level server: no application, no router, no
+response objects; one dictionary look-up finds the chain, and the answer is written as bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple, assert_never
+
+import structlog
+from aiohttp import HttpVersion11, web
+
+from relay import dialect
+from relay.call import Ending, Reply, Source, Wire
+from relay.fleet import BY_PATH
+from relay.refusal import NodeGone, Reason, Refusal
+from relay.wires.http_request import CONTENT_TYPE, WHOLE, Receiver, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aiohttp.abc import AbstractStreamWriter
+
+    from relay.call import Call, Payload
+    from relay.fleet import Method
+    from relay.pipeline import Handler
+
+log = structlog.get_logger("relay.wires.http")
+
+_CRLF = b"\r\n"
+_STATUS_LINE = {s.value: b"HTTP/1.1 %d %b\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
+_OUR_TYPE = b"content-type: " + CONTENT_TYPE + b"\r\n"
+_PLAIN = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n"
+_FLEET = re.compile(r"/(api/)?v\d+/fleet/([^/]*)/?")
+
+
+class Route(NamedTuple):
+    """Where a path leads."""
+
+    spec: Spec
+    method: Method
+    handler: Handler
+
+
+class _CutError(Exception):
+    """The answer broke off after its head was written."""
+
+
+class Written(web.StreamResponse):
+    """What the server expects of a handler, for an answer whose bytes were already written."""
+
+    def __init__(self, *, keep: bool) -> None:
+        """Have the server keep the connection, or close it."""
+        super().__init__()
+        self._keep = keep
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return self._keep
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: object = b"") -> None:
+        return None
+
+
+class Front:
+    """The node-facing side of one listener.
+
+    Attributes:
+        draining: set it, and each answer tells its node to connect anew.
+        busy: connections on which a request is being answered.
+        stray: counts what was no call.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, Route],
+        receiver: Receiver,
+        *,
+        idle_timeout: float,
+        on_stray: Callable[[str], None],
+    ) -> None:
+        """Serve `routes`.
+
+        Args:
+            routes: by path.
+            receiver: makes the calls.
+            idle_timeout: seconds after which a node that takes nothing of its answer is given up.
+            on_stray: told about each request that is no call, with what it got (`404`, `405`, `dropped`...).
+        """
+        self._routes = routes
+        self._receiver = receiver
+        self._idle_timeout = idle_timeout
+        self.stray = on_stray
+        self.draining = False
+        self.busy: set[web.RequestHandler] = set()
+        self._keep = Written(keep=True)
+        self._close = Written(keep=False)
+
+    # -- one request --------------------------------------------------------------------------------
+
+    async def handle(self, request: web.BaseRequest) -> Written:
+        """Answer one request; the server's handler. Never raises but when its task is cancelled."""
+        self.busy.add(request.protocol)
+        try:
+            return await self._handle(request)
+        finally:
+            self.busy.discard(request.protocol)
+
+    async def _handle(self, request: web.BaseRequest) -> Written:
+        path = request.rel_url.raw_path
+        route = self._routes.get(path)
+        if route is None or request.method != "POST":
+            return self._no_call(request, path)
+        call = self._receiver.call(request, route.spec, route.method)
+        reply: Reply | None = None
+        try:
+            await self._receive(request, call)
+            reply = await route.handler(call)
+            sent = await self._write(request, call, reply)
+        except Refusal as refusal:
+            return self._refused(request, call, refusal)
+        except _CutError as error:
+            self._end(call, "cut", reply, lost=True)
+            log.warning(
+                "answer broke off", method=call.method.rpc, request_id=call.request_id, error=str(error)
+            )
+            return self._drop(request)
+        except NodeGone:
+            self._end(call, "node_gone", reply, lost=reply is not None and reply.source is Source.UPSTREAM)
+            return self._close
+        except asyncio.CancelledError:
+            self._end(call, "cancelled", reply, lost=reply is not None)
+            raise
+        except Exception as error:
+            # A bug of ours must not reach a node as a 500.
+            log.exception("call failed", method=call.method.rpc, request_id=call.request_id)
+            return self._refused(request, call, Refusal(Reason.INTERNAL, repr(error)))
+        finally:
+            call.payload.close()
+            if reply is not None:
+                reply.payload.close()
+        self._end(call, "ok" if reply.status == 200 else f"upstream_{reply.status}", reply, sent=sent)
+        return self._keep if self._keeps(request, reply) else self._close
+
+    async def _receive(self, request: web.BaseRequest, call: Call) -> None:
+        """Read a small body whole; let a node that asks first send its body."""
+        if call.fault is not None:
+            return
+        if "Expect" in request.headers and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if call.payload.size is not None and call.payload.size <= WHOLE:
+            try:
+                await call.payload.read(WHOLE)
+            except Refusal as refusal:
+                call.fault = refusal
+
+    # -- answers ------------------------------------------------------------------------------------
+
+    async def _write(self, request: web.BaseRequest, call: Call, reply: Reply) -> int:
+        """Write the reply; return the bytes of body written.
+
+        Raises:
+            NodeGone: the node closed, or took nothing for `idle_timeout` seconds.
+            _CutError: the upstream broke the body off.
+        """
+        transport = _open_transport(request)
+        payload = reply.payload
+        framing, chunked = _framing(request, payload.size)
+        keep = self._keeps(request, reply)
+        parts = [_STATUS_LINE.get(reply.status) or b"HTTP/1.1 %d \r\n" % reply.status]
+        parts += [b"%b: %b\r\n" % pair for pair in reply.metadata]
+        if reply.source is not Source.UPSTREAM:
+            parts.append(_OUR_TYPE)
+        parts.append(b"x-request-id: %b\r\n" % call.request_id.encode("ascii"))
+        parts.append(framing)
+        parts.append(self._connection(request, keep=keep))
+        data = payload.data
+        if data is not None:
+            parts.append(data)
+            transport.write(b"".join(parts))
+            return len(data)
+        transport.write(b"".join(parts))
+        try:
+            return await self._pass_on(request, payload, chunked=chunked)
+        except Refusal as refusal:
+            raise _CutError(str(refusal)) from refusal
+
+    async def _pass_on(self, request: web.BaseRequest, payload: Payload, *, chunked: bool) -> int:
+        sent = 0
+        async for piece in payload.stream():
+            _open_transport(request).write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            sent += len(piece)
+            if request.protocol.writing_paused:
+                await self._drain(request)
+        if chunked:
+            _open_transport(request).write(b"0\r\n\r\n")
+        return sent
+
+    async def _drain(self, request: web.BaseRequest) -> None:
+        """Wait until the node has taken enough; a slow node may, one that takes nothing is gone."""
+        waiting = 0
+        while (transport := _open_transport(request)).get_write_buffer_size() != waiting:
+            waiting = transport.get_write_buffer_size()
+            try:
+                async with asyncio.timeout(self._idle_timeout):
+                    await request.writer.drain()
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError as error:
+                raise NodeGone from error
+        raise NodeGone
+
+    def _refused(self, request: web.BaseRequest, call: Call, refusal: Refusal) -> Written:
+        self._end(call, refusal.reason.value, None, refusal=refusal)
+        return self._render(request, call.wire, refusal.reason, call.method, call.request_id)
+
+    def _render(
+        self, request: web.BaseRequest, wire: Wire, reason: Reason, method: Method | None, request_id: str
+    ) -> Written:
+        """Tell the node what the dialect says."""
+        transport = request.transport
+        if transport is None or transport.is_closing():
+            return self._close
+        # A body that was not read stands in the way of the next request.
+        keep = self._keeps(request) and request.content.is_eof()
+        tail = b"x-request-id: %b\r\n" % request_id.encode("ascii") + self._connection(request, keep=keep)
+        match dialect.answer(wire, reason, method):
+            case dialect.Empty():
+                transport.write(_STATUS_LINE[200] + _OUR_TYPE + b"content-length: 0\r\n" + tail)
+            case dialect.Status(code):
+                text = reason.value.encode()
+                transport.write(_STATUS_LINE[code] + _PLAIN % len(text) + tail + text)
+            case dialect.Drop():
+                return self._drop(request)
+            case never:
+                assert_never(never)
+        return self._keep if keep else self._close
+
+    def _no_call(self, request: web.BaseRequest, path: str) -> Written:
+        """Answer what is no call of an enabled wire: a stray client, or a node of an unknown version."""
+        fleet = _FLEET.fullmatch(path)
+        if fleet is not None and request.method == "POST":
+            self.stray(Reason.UNSUPPORTED.value)
+            wire = Wire.REST_V0 if fleet[1] else Wire.HTTP_V1
+            log.info("no such Fleet method on this listener", path=path, peer=request.remote)
+            return self._render(
+                request, wire, Reason.UNSUPPORTED, BY_PATH.get(fleet[2]), self._receiver.request_id()
+            )
+        status, more = (405, b"allow: POST\r\n") if fleet is not None else (404, b"")
+        self.stray(str(status))
+        if request.transport is not None:
+            text = HTTPStatus(status).phrase.encode()
+            request.transport.write(
+                _STATUS_LINE[status] + _PLAIN % len(text) + more + b"connection: close\r\n\r\n" + text
+            )
+        return self._close
+
+    def _drop(self, request: web.BaseRequest) -> Written:
+        """Close without an answer, and without a FIN that could pass for the end of one."""
+        if request.transport is not None:
+            request.transport.abort()
+        return self._close
+
+    # -- small things -------------------------------------------------------------------------------
+
+    def _keeps(self, request: web.BaseRequest, reply: Reply | None = None) -> bool:
+        """Return whether the connection lives on; an answer without framing ends with it."""
+        framed = reply is None or reply.payload.size is not None or request.version >= HttpVersion11
+        return request.keep_alive and framed and not self.draining
+
+    def _connection(self, request: web.BaseRequest, *, keep: bool) -> bytes:
+        """Return the Connection header, if the default would mislead, and the end of the head."""
+        if not keep:
+            return b"connection: close\r\n\r\n"
+        return _CRLF if request.version >= HttpVersion11 else b"connection: keep-alive\r\n\r\n"
+
+    def _end(
+        self,
+        call: Call,
+        outcome: str,
+        reply: Reply | None,
+        *,
+        sent: int = 0,
+        refusal: Refusal | None = None,
+        lost: bool = False,
+    ) -> None:
+        seconds = time.monotonic() - call.started
+        source = reply.source if reply is not None else None
+        call.end(Ending(outcome, seconds=seconds, source=source, sent=sent, refusal=refusal, lost=lost))
+
+
+def _framing(request: web.BaseRequest, size: int | None) -> tuple[bytes, bool]:
+    """Return the framing header of an answer, and if it is chunked; HTTP/1.0 may have to read to the end."""
+    if size is not None:
+        return b"content-length: %d\r\n" % size, False
+    if request.version >= HttpVersion11:
+        return b"transfer-encoding: chunked\r\n", True
+    return b"", False
+
+
+def _open_transport(request: web.BaseRequest) -> asyncio.WriteTransport:
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise NodeGone
+    return transport
