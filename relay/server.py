@@ -9,6 +9,7 @@ connections at once: measured, it loses 0.3 to 1.9 % of the calls under load at 
 from __future__ import annotations
 
 import asyncio
+import gc
 import mmap
 import os
 import shutil
@@ -28,11 +29,11 @@ from gunicorn.workers.base import Worker
 
 from relay import logs
 from relay.settings import Settings, SettingsError
+from relay.wires.http_server import NodeServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from relay.wires.http import Front
 
 log = structlog.get_logger("relay.server")
 
@@ -40,8 +41,8 @@ BACKLOG = 2048
 _LEVELS = ("debug", "info", "warning", "error")
 #: Nodes poll every 3 s: in this time nearly each one has had an answer that told it to reconnect.
 IDLE_GRACE = 5.0
-#: The most that aiohttp holds of a body that is not read as fast as it comes; twice that at the peak.
-READ_BUFFER = 256 * 1024
+#: A call leaves no cycles behind, so the collector may look seldom (the default is 700, 10, 10).
+GC_THRESHOLDS = (20_000, 20, 20)
 
 
 class Stopping:
@@ -58,50 +59,6 @@ class Stopping:
     def __call__(self) -> bool:
         """Return whether it was said."""
         return self._byte[0] == 1
-
-
-class NodeConnection(web.RequestHandler):
-    """One connection of a node. Differs from aiohttp's in what garbage gets: nothing.
-
-    aiohttp would answer 400, which ends a node whose call was mangled on its way; a closed
-    connection makes it try again.
-    """
-
-    __slots__ = ()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Close without an answer. Raises ConnectionError, by which the server does that."""
-        log.info("not HTTP, or broken", peer=request.remote, error=message or repr(exc))
-        server = self._manager
-        if isinstance(server, NodeServer):
-            server.front.stray("dropped")
-        raise ConnectionError
-
-
-class NodeServer(web.Server):
-    """The low-level server of one listener."""
-
-    def __init__(self, front: Front, keepalive: float) -> None:
-        """Serve `front`; close a node's connection after `keepalive` seconds without a request."""
-        # Bodies pass as they are, so nothing may be decompressed.
-        super().__init__(
-            front.handle,
-            keepalive_timeout=keepalive,
-            auto_decompress=False,
-            read_bufsize=READ_BUFFER,
-            access_log=None,
-        )
-        self.front = front
-
-    def __call__(self) -> web.RequestHandler:
-        """Return the protocol of one new connection."""
-        return NodeConnection(self, loop=self._loop, **self._kwargs)
 
 
 class RelayWorker(Worker):  # type: ignore[misc]
@@ -136,7 +93,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
         sys.exit(0)
 
     async def _serve(self) -> None:
-        from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics' directory is set
+        _prepare_metrics()
+        from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
         settings: Settings = self.wsgi
         relay = app.build(settings)
@@ -154,6 +112,10 @@ class RelayWorker(Worker):  # type: ignore[misc]
             await self.loop.create_server(server, sock=socket.sock, backlog=BACKLOG)
             for server, socket in zip(servers, node_sockets, strict=True)
         ]
+        # What was made so far lives as long as the worker: never look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         self.booted = True
         log.info("worker serves", pid=os.getpid())
         await self._until_stopped()
@@ -268,6 +230,17 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
     def run(self) -> None:
         """Serve until told to stop."""
         _Master(self).run()
+
+
+def _prepare_metrics() -> None:
+    """Tell prometheus_client once who this worker is; by itself it asks for its pid at each count.
+
+    To be called after the fork and before the first metric is made.
+    """
+    from prometheus_client import values  # noqa: PLC0415 - see `serve`
+
+    pid = os.getpid()
+    values.ValueClass = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
 
 
 def _forget_gauges(_: Arbiter, worker: Worker) -> None:

@@ -5,9 +5,10 @@ Rules:
        and the response was taken: what was not read yet lies in the connection itself.
     2. Bytes that nobody asked for, a response before its request was complete, or anything that is not
        HTTP end the connection, never the worker.
-    3. Reading pauses when the node is slower than the upstream, writing waits when the upstream is
+    3. The rest of a long body of known length passes around the parser, which would copy it.
+    4. Reading pauses when the node is slower than the upstream, writing waits when the upstream is
        slower than the node; neither holds more than HIGH_WATER bytes.
-    4. Whoever waits here is woken by data, by the loss of the connection, or by its timer.
+    5. Whoever waits here is woken by data, by the loss of the connection, or by its timer.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Connection(asyncio.Protocol):
         "_paused_reading",
         "_paused_writing",
         "_pieces",
+        "_raw_left",
         "_reader",
+        "_received",
         "_released",
         "_request_done",
         "_response_done",
@@ -107,6 +110,8 @@ class Connection(asyncio.Protocol):
         self.headers: Metadata = []
         self.size: int | None = None
         self._buffered = 0
+        self._received = 0
+        self._raw_left = 0
         self._chunked = False
         self._until_close = False
         self._request_done = False
@@ -266,6 +271,9 @@ class Connection(asyncio.Protocol):
         if self._response_done:
             self.abort()
             return
+        if self._raw_left:
+            self._take_raw(data)
+            return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -274,6 +282,23 @@ class Connection(asyncio.Protocol):
             return
         if self.status and self._head is not None and not self._head.done():
             self._head.set_result(None)
+        if self.size is not None and self.status and not self._response_done:
+            self._raw_left = self.size - self._received
+        self._body_came()
+
+    def _take_raw(self, data: bytes) -> None:
+        """Take the next piece of a body whose length is known."""
+        left = self._raw_left - len(data)
+        self._raw_left = max(0, left)
+        self.on_body(data if left >= 0 else data[:left])
+        if left <= 0:
+            # The parser still stands within the body.
+            keeps = self._parser.should_keep_alive()
+            self._parser = httptools.HttpResponseParser(self)
+            self._message_ended(keep=keeps and left == 0)
+        self._body_came()
+
+    def _body_came(self) -> None:
         self._wake(self._reader)
         if self._buffered > HIGH_WATER and not self._paused_reading and self._transport is not None:
             self._paused_reading = True
@@ -323,16 +348,20 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
         self._buffered += len(body)
+        self._received += len(body)
 
     def on_message_complete(self) -> None:
         if self._informational:
             self._informational = False
             return
-        self._response_done = True
-        if not self._request_done or not self._parser.should_keep_alive():
-            self.retire()
+        self._message_ended(keep=self._parser.should_keep_alive())
 
     # -- inside -------------------------------------------------------------------------------------
+
+    def _message_ended(self, *, keep: bool) -> None:
+        self._response_done = True
+        if not keep or not self._request_done:
+            self.retire()
 
     def _release(self) -> None:
         if self._released:

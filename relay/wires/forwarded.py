@@ -34,6 +34,7 @@ class Forwarding:
         self._trusted = tuple(trusted)
         # Behind a proxy there are few direct peers, without one a node keeps its connection.
         self._is_trusted = lru_cache(maxsize=4096)(self._look_up)
+        self._first_hop = lru_cache(maxsize=4096)(_first_hop)
 
     def resolve(self, direct: str, host: bytes, claims: Claims, *, tls: bool) -> tuple[str, Metadata]:
         """Return the node's address and the forwarding headers for the upstream.
@@ -44,20 +45,14 @@ class Forwarding:
             claims: what the request says of its way.
             tls: whether this connection is TLS.
         """
-        proto = b"https" if tls else b"http"
-        node = _node(direct)
-        element = b"for=%b;host=%b;proto=%b" % (_quoted(node), _quoted(host), proto)
+        own = self._first_hop(direct, host, tls)
         if claims is NO_CLAIMS or not self._is_trusted(direct):
-            return direct, [
-                (b"forwarded", element),
-                (b"x-forwarded-for", direct.encode() or b"unknown"),
-                (b"x-forwarded-proto", proto),
-                (b"x-forwarded-host", host),
-            ]
+            return direct, list(own)
+        (_, element), (_, address), (_, proto), _ = own
         hops = [hop.strip() for hop in claims.for_.split(b",") if hop.strip()]
         return self._client(hops) or direct, [
             (b"forwarded", claims.forwarded + b", " + element if claims.forwarded else element),
-            (b"x-forwarded-for", b", ".join([*hops, direct.encode() or b"unknown"])),
+            (b"x-forwarded-for", b", ".join([*hops, address])),
             (b"x-forwarded-proto", claims.proto or proto),
             (b"x-forwarded-host", claims.host or host),
         ]
@@ -77,6 +72,17 @@ class Forwarding:
     def _look_up(self, address: str) -> bool:
         parsed = _address(address)
         return parsed is not None and any(parsed in network for network in self._trusted)
+
+
+def _first_hop(direct: str, host: bytes, tls: bool) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the forwarding headers of a request that came from its node without a proxy between."""
+    proto = b"https" if tls else b"http"
+    return (
+        (b"forwarded", b"for=%b;host=%b;proto=%b" % (_quoted(_node(direct)), _quoted(host), proto)),
+        (b"x-forwarded-for", direct.encode() or b"unknown"),
+        (b"x-forwarded-proto", proto),
+        (b"x-forwarded-host", host),
+    )
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

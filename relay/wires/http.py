@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import structlog
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion11
 
 from relay import dialect
 from relay.call import Ending, Reply, Source, Wire
@@ -24,11 +24,10 @@ from relay.wires.http_request import CONTENT_TYPE, WHOLE, Receiver, Spec
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from aiohttp.abc import AbstractStreamWriter
-
     from relay.call import Call, Payload
     from relay.fleet import Method
     from relay.pipeline import Handler
+    from relay.wires.http_server import NodeConnection, NodeRequest
 
 log = structlog.get_logger("relay.wires.http")
 
@@ -49,25 +48,6 @@ class Route(NamedTuple):
 
 class _CutError(Exception):
     """The answer broke off after its head was written."""
-
-
-class Written(web.StreamResponse):
-    """What the server expects of a handler, for an answer whose bytes were already written."""
-
-    def __init__(self, *, keep: bool) -> None:
-        """Have the server keep the connection, or close it."""
-        super().__init__()
-        self._keep = keep
-
-    @property
-    def keep_alive(self) -> bool | None:
-        return self._keep
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        return None
-
-    async def write_eof(self, data: object = b"") -> None:
-        return None
 
 
 class Front:
@@ -100,24 +80,29 @@ class Front:
         self._idle_timeout = idle_timeout
         self.stray = on_stray
         self.draining = False
-        self.busy: set[web.RequestHandler] = set()
-        self._keep = Written(keep=True)
-        self._close = Written(keep=False)
+        self.busy: set[NodeConnection] = set()
 
     # -- one request --------------------------------------------------------------------------------
 
-    async def handle(self, request: web.BaseRequest) -> Written:
-        """Answer one request; the server's handler. Never raises but when its task is cancelled."""
-        self.busy.add(request.protocol)
+    async def handle(self, request: NodeRequest) -> bool:
+        """Answer one request; return whether its connection may carry another.
+
+        Never raises but when its task is cancelled.
+        """
+        self.busy.add(request.connection)
         try:
             return await self._handle(request)
         finally:
-            self.busy.discard(request.protocol)
+            self.busy.discard(request.connection)
 
-    async def _handle(self, request: web.BaseRequest) -> Written:
-        path = request.rel_url.raw_path
+    async def _handle(self, request: NodeRequest) -> bool:
+        path = request.message.path
         route = self._routes.get(path)
-        if route is None or request.method != "POST":
+        if route is None:
+            # A query, or the absolute form that clients send to a proxy.
+            path = request.message.url.raw_path
+            route = self._routes.get(path)
+        if route is None or request.message.method != "POST":
             return self._no_call(request, path)
         call = self._receiver.call(request, route.spec, route.method)
         reply: Reply | None = None
@@ -135,7 +120,7 @@ class Front:
             return self._drop(request)
         except NodeGone:
             self._end(call, "node_gone", reply, lost=reply is not None and reply.source is Source.UPSTREAM)
-            return self._close
+            return False
         except asyncio.CancelledError:
             self._end(call, "cancelled", reply, lost=reply is not None)
             raise
@@ -148,13 +133,15 @@ class Front:
             if reply is not None:
                 reply.payload.close()
         self._end(call, "ok" if reply.status == 200 else f"upstream_{reply.status}", reply, sent=sent)
-        return self._keep if self._keeps(request, reply) else self._close
+        return self._keeps(request, reply)
 
-    async def _receive(self, request: web.BaseRequest, call: Call) -> None:
+    async def _receive(self, request: NodeRequest, call: Call) -> None:
         """Read a small body whole; let a node that asks first send its body."""
         if call.fault is not None:
             return
-        if "Expect" in request.headers and request.transport is not None:
+        if call.payload.data is not None:
+            return
+        if "Expect" in request.message.headers and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if call.payload.size is not None and call.payload.size <= WHOLE:
             try:
@@ -164,7 +151,7 @@ class Front:
 
     # -- answers ------------------------------------------------------------------------------------
 
-    async def _write(self, request: web.BaseRequest, call: Call, reply: Reply) -> int:
+    async def _write(self, request: NodeRequest, call: Call, reply: Reply) -> int:
         """Write the reply; return the bytes of body written.
 
         Raises:
@@ -193,25 +180,25 @@ class Front:
         except Refusal as refusal:
             raise _CutError(str(refusal)) from refusal
 
-    async def _pass_on(self, request: web.BaseRequest, payload: Payload, *, chunked: bool) -> int:
+    async def _pass_on(self, request: NodeRequest, payload: Payload, *, chunked: bool) -> int:
         sent = 0
         async for piece in payload.stream():
             _open_transport(request).write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             sent += len(piece)
-            if request.protocol.writing_paused:
+            if request.connection.writing_paused:
                 await self._drain(request)
         if chunked:
             _open_transport(request).write(b"0\r\n\r\n")
         return sent
 
-    async def _drain(self, request: web.BaseRequest) -> None:
+    async def _drain(self, request: NodeRequest) -> None:
         """Wait until the node has taken enough; a slow node may, one that takes nothing is gone."""
         waiting = 0
         while (transport := _open_transport(request)).get_write_buffer_size() != waiting:
             waiting = transport.get_write_buffer_size()
             try:
                 async with asyncio.timeout(self._idle_timeout):
-                    await request.writer.drain()
+                    await request.connection.drain()
                     return
             except TimeoutError:
                 continue
@@ -219,17 +206,17 @@ class Front:
                 raise NodeGone from error
         raise NodeGone
 
-    def _refused(self, request: web.BaseRequest, call: Call, refusal: Refusal) -> Written:
+    def _refused(self, request: NodeRequest, call: Call, refusal: Refusal) -> bool:
         self._end(call, refusal.reason.value, None, refusal=refusal)
         return self._render(request, call.wire, refusal.reason, call.method, call.request_id)
 
     def _render(
-        self, request: web.BaseRequest, wire: Wire, reason: Reason, method: Method | None, request_id: str
-    ) -> Written:
+        self, request: NodeRequest, wire: Wire, reason: Reason, method: Method | None, request_id: str
+    ) -> bool:
         """Tell the node what the dialect says."""
         transport = request.transport
         if transport is None or transport.is_closing():
-            return self._close
+            return False
         # A body that was not read stands in the way of the next request.
         keep = self._keeps(request) and request.content.is_eof()
         tail = b"x-request-id: %b\r\n" % request_id.encode("ascii") + self._connection(request, keep=keep)
@@ -243,15 +230,15 @@ class Front:
                 return self._drop(request)
             case never:
                 assert_never(never)
-        return self._keep if keep else self._close
+        return keep
 
-    def _no_call(self, request: web.BaseRequest, path: str) -> Written:
+    def _no_call(self, request: NodeRequest, path: str) -> bool:
         """Answer what is no call of an enabled wire: a stray client, or a node of an unknown version."""
         fleet = _FLEET.fullmatch(path)
-        if fleet is not None and request.method == "POST":
+        if fleet is not None and request.message.method == "POST":
             self.stray(Reason.UNSUPPORTED.value)
             wire = Wire.REST_V0 if fleet[1] else Wire.HTTP_V1
-            log.info("no such Fleet method on this listener", path=path, peer=request.remote)
+            log.info("no such Fleet method on this listener", path=path, peer=request.connection.peer)
             return self._render(
                 request, wire, Reason.UNSUPPORTED, BY_PATH.get(fleet[2]), self._receiver.request_id()
             )
@@ -262,26 +249,26 @@ class Front:
             request.transport.write(
                 _STATUS_LINE[status] + _PLAIN % len(text) + more + b"connection: close\r\n\r\n" + text
             )
-        return self._close
+        return False
 
-    def _drop(self, request: web.BaseRequest) -> Written:
+    def _drop(self, request: NodeRequest) -> bool:
         """Close without an answer, and without a FIN that could pass for the end of one."""
         if request.transport is not None:
             request.transport.abort()
-        return self._close
+        return False
 
     # -- small things -------------------------------------------------------------------------------
 
-    def _keeps(self, request: web.BaseRequest, reply: Reply | None = None) -> bool:
+    def _keeps(self, request: NodeRequest, reply: Reply | None = None) -> bool:
         """Return whether the connection lives on; an answer without framing ends with it."""
-        framed = reply is None or reply.payload.size is not None or request.version >= HttpVersion11
-        return request.keep_alive and framed and not self.draining
+        framed = reply is None or reply.payload.size is not None or request.message.version >= HttpVersion11
+        return not request.message.should_close and framed and not self.draining
 
-    def _connection(self, request: web.BaseRequest, *, keep: bool) -> bytes:
+    def _connection(self, request: NodeRequest, *, keep: bool) -> bytes:
         """Return the Connection header, if the default would mislead, and the end of the head."""
         if not keep:
             return b"connection: close\r\n\r\n"
-        return _CRLF if request.version >= HttpVersion11 else b"connection: keep-alive\r\n\r\n"
+        return _CRLF if request.message.version >= HttpVersion11 else b"connection: keep-alive\r\n\r\n"
 
     def _end(
         self,
@@ -298,16 +285,16 @@ class Front:
         call.end(Ending(outcome, seconds=seconds, source=source, sent=sent, refusal=refusal, lost=lost))
 
 
-def _framing(request: web.BaseRequest, size: int | None) -> tuple[bytes, bool]:
+def _framing(request: NodeRequest, size: int | None) -> tuple[bytes, bool]:
     """Return the framing header of an answer, and if it is chunked; HTTP/1.0 may have to read to the end."""
     if size is not None:
         return b"content-length: %d\r\n" % size, False
-    if request.version >= HttpVersion11:
+    if request.message.version >= HttpVersion11:
         return b"transfer-encoding: chunked\r\n", True
     return b"", False
 
 
-def _open_transport(request: web.BaseRequest) -> asyncio.WriteTransport:
+def _open_transport(request: NodeRequest) -> asyncio.WriteTransport:
     transport = request.transport
     if transport is None or transport.is_closing():
         raise NodeGone

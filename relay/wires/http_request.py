@@ -17,9 +17,8 @@ from relay.refusal import NodeGone, Reason, Refusal
 from relay.wires.forwarded import NO_CLAIMS, Claims, Forwarding
 
 if TYPE_CHECKING:
-    from aiohttp import web
-
     from relay.call import Metadata, Wire
+    from relay.wires.http_server import NodeRequest
 
 CONTENT_TYPE = b"application/protobuf"
 
@@ -73,7 +72,7 @@ class NodeBody:
 
     __slots__ = ("_idle_timeout", "_left", "_request")
 
-    def __init__(self, request: web.BaseRequest, limit: int, idle_timeout: float) -> None:
+    def __init__(self, request: NodeRequest, limit: int, idle_timeout: float) -> None:
         """Read from `request`, at most `limit` bytes, with at most `idle_timeout` seconds between pieces."""
         self._request = request
         self._left = limit
@@ -83,11 +82,11 @@ class NodeBody:
         """Return the next piece; b"" at the end. See `relay.call.Body`."""
         content = self._request.content
         try:
-            if content.is_eof():
-                piece = content.read_nowait()
-            else:
-                async with asyncio.timeout(self._idle_timeout):
-                    piece = await content.readany()
+            async with asyncio.timeout(self._idle_timeout):
+                # Not `readany`: that joins what has come in, a copy of every byte of an upload.
+                piece, end_of_chunk = await content.readchunk()
+                while end_of_chunk and not piece:
+                    piece, end_of_chunk = await content.readchunk()
         except TimeoutError:
             raise Refusal(
                 Reason.MALFORMED, f"the body stalled for {self._idle_timeout:g} s", by="wire"
@@ -122,12 +121,12 @@ class Receiver:
         self._id_start = os.urandom(6).hex()
         self._ids = count(1)
 
-    def call(self, request: web.BaseRequest, spec: Spec, method: Method) -> Call:
+    def call(self, request: NodeRequest, spec: Spec, method: Method) -> Call:
         """Make the Call; what is wrong with it is kept in `fault` for the chain to say."""
         metadata: Metadata = []
         taken: dict[bytes, bytes] = {}
         content_type = b""
-        for pair in request.raw_headers:
+        for pair in request.message.raw_headers:
             name = pair[0].lower()
             if name in _NOT_PASSED:
                 taken[name] = taken[name] + b"," + pair[1] if name in taken else pair[1]
@@ -146,7 +145,7 @@ class Receiver:
                 taken.get(b"x-forwarded-host", b""),
             )
         peer, way = self._forwarding.resolve(
-            request.remote or "", taken.get(b"host", b""), claims, tls=request.scheme == "https"
+            request.connection.peer, taken.get(b"host", b""), claims, tls=request.connection.tls
         )
         request_id = self.request_id(taken.get(b"x-request-id", b""))
         metadata += way
@@ -163,13 +162,19 @@ class Receiver:
             method,
             spec.wire,
             metadata,
-            Payload(body=NodeBody(request, self._max_body, self._idle_timeout), size=size),
+            self._payload(request, size, small=small),
             peer=peer,
             request_id=request_id,
             started=started,
             deadline=deadline,
             fault=_fault(content_type, taken, size, self._max_body),
         )
+
+    def _payload(self, request: NodeRequest, size: int | None, *, small: bool) -> Payload:
+        content = request.content
+        if small and content.is_eof() and content.exception() is None:
+            return Payload(content.read_nowait())  # nearly always: it came with the head
+        return Payload(body=NodeBody(request, self._max_body, self._idle_timeout), size=size)
 
     def request_id(self, given: bytes = b"") -> str:
         """Return the id that a request was given, if it is a sound one, else a new one."""

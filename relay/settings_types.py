@@ -1,0 +1,247 @@
+"""Value types of the settings: addresses, URLs, durations, sizes and networks.
+
+Each type is parsed from what a person writes and says, when it cannot be, what would be right.
+"""
+
+import ipaddress
+import math
+import re
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, BeforeValidator, PlainValidator
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.ASCII)
+_HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\[\]]*)\]|(?P<name>[^\[\]:]*))(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
+_URL = re.compile(
+    r"(?P<scheme>[^:/?#@]+)://(?P<userinfo>[^/?#]*@)?(?P<authority>[^/?#@]*)(?P<rest>.*)", re.DOTALL
+)
+_QUANTITY = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?P<unit>[A-Za-z]*)", re.ASCII)
+
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_ANY_IPV4 = "0.0.0.0"  # noqa: S104 - what `:8080` means; nothing is bound here
+_ANY_IPV6 = "::"
+
+
+@dataclass(frozen=True, slots=True)
+class Doc:
+    """What the reference page says of a type: its name, and how a value (or the whole default) is written."""
+
+    kind: str
+    show: Callable[..., str] = str
+    default: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """An address to listen on. `host` is a name, or an IP address without brackets; port 0 is a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return _authority(self.host, self.port)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "host:port", "[::1]:port", or ":port" for every IPv4 interface. Raises ValueError."""
+        host, port = _host_port(f"{_ANY_IPV4}{text}" if text.startswith(":") else text)
+        if port is None:
+            raise ValueError("has no port: write host:port, such as 0.0.0.0:8080")
+        return cls(host, port)
+
+    def overlaps(self, other: "HostPort") -> bool:
+        """Whether both cannot be bound at once: same port, and the same host, or one includes the other."""
+        if self.port != other.port or self.port == 0:
+            return False
+        return self.host == other.host or _includes(self.host, other.host) or _includes(other.host, self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseUrl:
+    """Scheme, host (without brackets) and port of a server; the port is always filled in."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def tls(self) -> bool:
+        """Whether the connection is encrypted (https)."""
+        return self.scheme == "https"
+
+    @property
+    def authority(self) -> str:
+        """The value of a Host header: the scheme's own port is left out."""
+        return _authority(self.host, None if self.port == _DEFAULT_PORTS[self.scheme] else self.port)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.authority}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "http://host[:port]" or "https://host[:port]". Raises ValueError."""
+        match = _URL.fullmatch(text)
+        if match is None or match["scheme"] not in _DEFAULT_PORTS:
+            raise ValueError("must be a URL with http or https, such as http://superlink:8000")
+        if match["userinfo"]:
+            raise ValueError("must not hold a user name or password: write http://host:port")
+        if match["rest"] not in ("", "/"):
+            raise ValueError("must not have a path, a query or a fragment: write http://host:port")
+        host, port = _host_port(match["authority"])
+        if port == 0:
+            raise ValueError("must have a port from 1 to 65535")
+        return cls(match["scheme"], host, _DEFAULT_PORTS[match["scheme"]] if port is None else port)
+
+
+def _authority(host: str, port: int | None) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return name if port is None else f"{name}:{port}"
+
+
+def _host_port(text: str) -> tuple[str, int | None]:
+    match = _HOST_PORT.fullmatch(text)
+    if match is None:
+        raise ValueError("must be host:port, such as 0.0.0.0:8080 or [::1]:8080")
+    if match["v6"] is not None:
+        try:
+            host = str(ipaddress.IPv6Address(match["v6"]))
+        except ValueError:
+            raise ValueError("has brackets around something that is no IPv6 address") from None
+    else:
+        host = _host_name(match["name"])
+    port = None if match["port"] is None else int(match["port"])
+    if port is not None and port > 65535:
+        raise ValueError("has a port above 65535")
+    return host, port
+
+
+def _host_name(name: str) -> str:
+    if not _HOST_NAME.fullmatch(name):
+        raise ValueError("has no valid host: it must be a host name or an IP address")
+    if re.fullmatch(r"[0-9.]+", name):
+        try:
+            ipaddress.IPv4Address(name)
+        except ValueError:
+            raise ValueError("has a host of digits and dots that is no IPv4 address") from None
+    return name
+
+
+def _includes(wildcard: str, host: str) -> bool:
+    """Whether `wildcard` is the any-address of the IP version that `host` is written in."""
+    if wildcard not in (_ANY_IPV4, _ANY_IPV6):
+        return False
+    try:
+        return ipaddress.ip_address(host).version == ipaddress.ip_address(wildcard).version
+    except ValueError:  # a name: only the system knows what it stands for
+        return False
+
+
+def _quantity(value: object, units: Mapping[str, float], right: str) -> float:
+    """A positive finite number times its unit. Raises ValueError with `right`: how to write one."""
+    number, unit = value, ""
+    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value.strip())):
+        number = float(match["number"]) if "." in match["number"] else int(match["number"])
+        unit = match["unit"]
+    if isinstance(number, bool) or not isinstance(number, int | float) or unit not in units:
+        raise ValueError(f"must be {right}")
+    try:
+        amount = number * units[unit]
+        usable = math.isfinite(amount) and amount > 0
+    except OverflowError:
+        usable = False
+    if not usable:
+        raise ValueError(f"must be above zero and finite: {right}")
+    return amount
+
+
+def _parse_seconds(value: object) -> float:
+    return float(_quantity(value, _SECONDS, "a number of seconds, or a duration such as 500ms, 25s or 2m"))
+
+
+def _parse_bytes(value: object) -> int:
+    right = "a number of bytes, or a size such as 512KiB, 64MiB or 4GiB"
+    amount = _quantity(value, _BYTES, right)
+    if amount != int(amount):
+        raise ValueError(f"must be a whole number of bytes: {right}")
+    return int(amount)
+
+
+def show_seconds(seconds: float) -> str:
+    """Write a duration as the settings accept it: 0.5 is "500ms", 25.0 is "25s"."""
+    return f"{seconds * 1000:g}ms" if seconds < 1 else f"{seconds:g}s"
+
+
+def show_bytes(size: int) -> str:
+    """Write a size as the settings accept it, in the largest unit that divides it."""
+    unit = max((unit for unit in _BYTES if unit and size % _BYTES[unit] == 0), key=lambda unit: _BYTES[unit])
+    return f"{size // _BYTES[unit]}{unit}"
+
+
+def _parse_address(value: object) -> HostPort:
+    if isinstance(value, HostPort):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be host:port, such as 0.0.0.0:8080")  # noqa: TRY004 - pydantic collects ValueError
+    return HostPort.parse(value)
+
+
+def _parse_url(value: object) -> BaseUrl:
+    if isinstance(value, BaseUrl):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a URL such as http://superlink:8000")  # noqa: TRY004 - pydantic collects ValueError
+    return BaseUrl.parse(value)
+
+
+def _parse_network(value: object) -> IPv4Network | IPv6Network:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    right = "must be a network or an IP address, such as 10.0.0.0/8"
+    if not isinstance(value, str):
+        raise ValueError(right)  # noqa: TRY004 - pydantic collects ValueError
+    try:
+        network = ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError(right) from None
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError:
+        raise ValueError(f"names an address inside a network: write {network}") from None
+
+
+def _check_ca_file(path: Path) -> Path:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+    except ssl.SSLError:
+        raise ValueError(
+            "must be a file of PEM certificates, and this one holds none that can be read"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    return path
+
+
+def below(limit: float, why: str) -> AfterValidator:
+    """A check that a duration is shorter than `limit` seconds, which names the reason when it is not."""
+
+    def check(seconds: float) -> float:
+        if seconds >= limit:
+            raise ValueError(f"must be shorter than {show_seconds(limit)}: {why}")
+        return seconds
+
+    return AfterValidator(check)
+
+
+Address = Annotated[HostPort, PlainValidator(_parse_address), Doc("`host:port`")]
+Url = Annotated[BaseUrl, PlainValidator(_parse_url), Doc("URL")]
+Network = Annotated[IPv4Network | IPv6Network, PlainValidator(_parse_network), Doc("network")]
+Seconds = Annotated[float, BeforeValidator(_parse_seconds), Doc("duration", show_seconds)]
+Bytes = Annotated[int, BeforeValidator(_parse_bytes), Doc("size", show_bytes)]
+CaFile = Annotated[Path, AfterValidator(_check_ca_file), Doc("path")]

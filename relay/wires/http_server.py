@@ -1,0 +1,184 @@
+"""aiohttp's low-level server, with the loop over the requests of one connection written for a relay.
+
+aiohttp's own loop makes a task, a writer, a request and a response object for each request; measured, that
+is a third of what a small call costs here. Its parser, flow control, keep-alive and shutdown stay in use.
+This module is the only one that reaches into aiohttp's internals; pyproject.toml pins the versions that
+have them, and tests/wires/test_http_server.py would notice a change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+from aiohttp import web
+from aiohttp.web_protocol import _ErrInfo
+
+if TYPE_CHECKING:
+    from aiohttp.http_parser import RawRequestMessage
+    from aiohttp.streams import StreamReader
+
+    from relay.wires.http import Front
+
+log = structlog.get_logger("relay.wires.http")
+
+#: The most that aiohttp holds of a body that is not read as fast as it comes; twice that at the peak.
+READ_BUFFER = 256 * 1024
+#: How long an answered node may go on sending a body that nobody wants, before its connection is closed.
+LINGER = 10.0
+
+
+class NodeRequest:
+    """One request as it stands on its connection.
+
+    Attributes:
+        message: its head: `method`, `path`, `version`, `raw_headers`, `should_close`.
+        content: its body.
+        connection: where its answer goes.
+    """
+
+    __slots__ = ("connection", "content", "message")
+
+    def __init__(self, message: RawRequestMessage, content: StreamReader, connection: NodeConnection) -> None:
+        """Hold the parts; nothing is copied."""
+        self.message = message
+        self.content = content
+        self.connection = connection
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """Where the answer is written; None once the node is gone."""
+        return self.connection.transport
+
+    def _cancel(self, error: BaseException) -> None:
+        """Called by aiohttp when the connection is lost: whoever reads the body must learn of it."""
+        self.content.set_exception(error)
+
+
+class NodeConnection(web.RequestHandler):
+    """One connection of a node.
+
+    Attributes:
+        peer: its address; "" for a Unix socket.
+        tls: whether it is encrypted.
+    """
+
+    __slots__ = ("_front", "peer", "tls")
+
+    def __init__(self, server: NodeServer, loop: asyncio.AbstractEventLoop) -> None:
+        """Prepare the connection; the event loop calls `connection_made` when it is open."""
+        # Bodies pass as they are, so nothing may be decompressed.
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=server.keepalive,
+            auto_decompress=False,
+            read_bufsize=READ_BUFFER,
+            access_log=None,  # type: ignore[arg-type]  # that is how aiohttp says "none"
+            lingering_time=LINGER,
+        )
+        self._front = server.front
+        self.peer = ""
+        self.tls = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note once who this is."""
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple):
+            self.peer = peer[0]
+        self.tls = transport.get_extra_info("sslcontext") is not None
+        super().connection_made(transport)
+
+    async def drain(self) -> None:
+        """Wait until the node has taken enough of its answer. Raises ConnectionError when it is gone."""
+        await self._drain_helper()
+
+    async def start(self) -> None:
+        """Answer one request after the other, until either side wants no more."""
+        try:
+            while not self._force_close:
+                if not self._messages:
+                    await self._next()
+                if not await self._one() or self._close or self._force_close:
+                    break
+                self._arm_keepalive()
+        except asyncio.CancelledError:
+            self.force_close()
+            raise
+        except Exception:
+            log.exception("connection failed", peer=self.peer)
+            self.force_close()
+        if not self._force_close:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _next(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    async def _one(self) -> bool:
+        """Answer the next request; return whether the connection may go on."""
+        message, content = self._messages.popleft()
+        if self._parser is not None:
+            self._parser.message_consumed()
+        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        if isinstance(message, _ErrInfo):
+            # A 400 would end a node whose call was mangled on its way; a close makes it try again.
+            log.info("not HTTP, or broken", peer=self.peer, error=message.message)
+            self._front.stray("dropped")
+            return False
+        request = NodeRequest(message, content, self)
+        self._current_request = request  # type: ignore[assignment]  # aiohttp only calls its `_cancel`
+        self._request_in_progress = True
+        try:
+            keep = await self._front.handle(request)
+        finally:
+            self._current_request = None
+            self._request_in_progress = False
+            if self._handler_waiter is not None:
+                self._handler_waiter.set_result(None)
+        if not content.is_eof():
+            return await self._discard(content) and keep
+        # After a request to upgrade, which is always refused, the parser would pass bytes on unread.
+        return keep and not self._upgraded
+
+    async def _discard(self, content: StreamReader) -> bool:
+        """Read the rest of a body that nobody wanted, so that the node gets to read its answer."""
+        try:
+            async with asyncio.timeout(LINGER):
+                while not self._force_close and not content.is_eof():
+                    await content.readany()
+        except (TimeoutError, ConnectionError, web.RequestPayloadError):
+            return False
+        return content.is_eof()
+
+    def _arm_keepalive(self) -> None:
+        close_time = self._loop.time() + self._keepalive_timeout
+        self._next_keepalive_close_time = close_time
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(close_time, self._process_keepalive)
+
+
+class NodeServer(web.Server):
+    """The low-level server of one listener."""
+
+    def __init__(self, front: Front, keepalive: float) -> None:
+        """Serve `front`; close a node's connection after `keepalive` seconds without a request."""
+        super().__init__(_unused)
+        self.front = front
+        self.keepalive = keepalive
+
+    def __call__(self) -> web.RequestHandler:
+        """Return the protocol of one new connection."""
+        return NodeConnection(self, self._loop)
+
+
+async def _unused(_: web.BaseRequest) -> web.StreamResponse:
+    """aiohttp wants a handler; ours is the front."""
+    raise AssertionError
