@@ -21,11 +21,12 @@ PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = f"""\
 # Configuration
 
-<!-- Made by scripts/docs from relay/settings.py. Change the text there. -->
+<!-- Made by scripts/docs from relay/settings_tree.py. Change the text there. -->
 
-Every setting has a default, so the relay starts without any. Settings come from a YAML file, from
-environment variables, or from both; a variable wins over the file. The file's path is given by
-`{CONFIG_VARIABLE}`; [`relay.example.yaml`](../relay.example.yaml) is such a file with every setting in it.
+The relay starts without any settings: each has a default, or belongs to a section that is left out by
+default. Settings come from a YAML file, from environment variables, or from both; a variable wins over the
+file. The file's path is given by `{CONFIG_VARIABLE}`; [`relay.example.yaml`](../relay.example.yaml) is such a
+file with every setting in it.
 
 - **Variables** are named `RELAY_<SECTION>__<KEY>`, with two underscores between levels. A number is an index
   of a list: `RELAY_LISTENERS__0__ADDRESS` is the address of the first listener, and the index after the last
@@ -98,7 +99,8 @@ def _kind_and_default(field: FieldInfo) -> tuple[str, str]:
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(field.annotation)), f"`{field.default}`"
     doc = next(entry for entry in field.metadata if isinstance(entry, Doc))
-    return doc.kind, doc.default or _default(doc, field.default)
+    default = "required" if field.is_required() else doc.default or _default(doc, field.default)
+    return doc.kind, default
 
 
 def _default(doc: Doc, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The command line: flwr-relay serve | check | explain | demo."""
+"""The command line: flwr-relay serve | check | explain | reload | demo."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ UNREACHABLE = 1
 INVALID = 2
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flwr-relay {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main_options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
     """Carry the Fleet API between SuperNodes and a SuperLink."""
-    if version:
-        typer.echo(f"flwr-relay {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -94,6 +98,23 @@ def explain(config: Config = None) -> None:
             shown = (listener, wire)
             typer.echo(f"{listener.address} {wire.value}")
         typer.echo(f"  {method.rpc:<24}{' -> '.join(chain.steps)}")
+
+
+@app.command()
+def reload(config: Config = None) -> None:
+    """Have the running relay take these settings over, without a restart and without losing a call.
+
+    Exit code 0 when its workers serve them, 1 when it was not told or refused, 2 when they are wrong.
+    """
+    from relay.reload import ReloadError  # noqa: PLC0415 - see `serve`
+    from relay.reload import reload as tell  # noqa: PLC0415
+
+    settings = _settings(config, os.environ)
+    try:
+        typer.echo(tell(settings))
+    except ReloadError as error:
+        typer.echo(f"not reloaded: {error}", err=True)
+        raise typer.Exit(UNREACHABLE) from None
 
 
 app.command()(demo)

@@ -15,17 +15,16 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, 
 from relay import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from relay.app import Relay
+    from relay.shared import Shared
 
 
-def application(relay: Relay, stopping: Callable[[], bool]) -> web.Application:
+def application(relay: Relay, shared: Shared) -> web.Application:
     """Return the admin application of one worker.
 
     Args:
         relay: whose state is shown.
-        stopping: whether the whole relay (not only this worker) was told to stop.
+        shared: what is known of the whole relay, not only of this worker.
     """
     app = web.Application()
 
@@ -35,11 +34,14 @@ def application(relay: Relay, stopping: Callable[[], bool]) -> web.Application:
     async def readyz(_: web.Request) -> web.Response:
         # An upstream outage is a detail: an unready relay would hand its nodes to whatever error
         # the balancer makes, and most of those end a node.
-        stop = stopping()
+        stop = shared.stopping
         body = {
             "ready": not stop,
             "reason": "draining" if stop else "serving",
             "version": __version__,
+            "generation": shared.generation,
+            "serving": shared.serving,
+            "reloads_refused": shared.refused,
             "upstream": relay.pool.state(),
         }
         return web.json_response(body, status=503 if stop else 200)

@@ -8,11 +8,24 @@ from typing import TYPE_CHECKING
 from relay.call import Call, Reply, Wire
 from relay.fleet import Method
 from relay.pipeline import Chain, Handler, Policy, compose
-from relay.policies import ORDER, AccessLog, Metrics, Validate, metrics
+from relay.policies import (
+    OBSERVERS,
+    ORDER,
+    AccessLog,
+    Budget,
+    Maintenance,
+    Metrics,
+    Repair,
+    Retry,
+    Validate,
+    metrics,
+)
+from relay.stores.host import HostTable
+from relay.tls import client_context
 from relay.upstreams import http_v1 as upstream_http_v1
 from relay.upstreams import rest_v0 as upstream_rest_v0
 from relay.upstreams.http import Timeouts
-from relay.upstreams.pool import Pool, Target, tls_context
+from relay.upstreams.pool import Pool, Target
 from relay.wires.forwarded import Forwarding
 from relay.wires.http import Front, Route
 from relay.wires.http_request import Receiver
@@ -44,16 +57,20 @@ class Relay:
     pool: Pool
 
 
-def build(settings: Settings) -> Relay:
+def build(settings: Settings, table: HostTable) -> Relay:
     """Compose the relay. Call it inside the running event loop.
+
+    Args:
+        settings: the whole tree.
+        table: what the workers of the host remember for each other.
 
     Raises:
         OSError: `upstream.ca_file` cannot be read.
     """
     pool = _pool(settings)
     timeouts = Timeouts(settings.upstream.response_timeout, settings.upstream.heartbeat_timeout)
-    upstream = UPSTREAMS[settings.upstream.wire](pool, timeouts)
-    chosen = policies(settings)
+    upstream = UPSTREAMS[settings.upstream.wire](pool, timeouts, judging=settings.mode != "pass_through")
+    chosen = policies(settings, table)
     fronts = tuple(
         Front(
             _routes(settings, listener, chosen, upstream),
@@ -70,19 +87,29 @@ def build(settings: Settings) -> Relay:
     return Relay(fronts, pool)
 
 
-def policies(settings: Settings) -> tuple[Policy, ...]:
+def policies(settings: Settings, table: HostTable) -> tuple[Policy, ...]:
     """Return the policies that these settings ask for, each with its own section alone, in ORDER."""
+    retry, repair = settings.retry, settings.repair
     made: dict[type, Policy] = {
         Metrics: Metrics(),
         AccessLog: AccessLog(debug=settings.log.level == "debug"),
+        Maintenance: Maintenance(enabled=settings.mode == "maintenance"),
         Validate: Validate(),
+        Repair: Repair(lost_answers=repair.lost_answers, reactivate=repair.reactivate, table=table),
+        Retry: Retry(
+            enabled=retry.enabled,
+            base=retry.base,
+            cap=retry.cap,
+            budget=Budget(retry.budget, retry.floor),
+        ),
     }
-    return tuple(made[policy] for policy in ORDER)
+    order = OBSERVERS if settings.mode == "pass_through" else ORDER
+    return tuple(made[policy] for policy in order)
 
 
 def chains(settings: Settings) -> Iterator[tuple[Listener, Wire, Method, Chain]]:
     """Yield what `flwr-relay explain` prints: each chain as `build` composes it, but for its upstream."""
-    chosen = policies(settings)
+    chosen = policies(settings, HostTable(1))
     for listener in settings.listeners:
         for wire in listener.wires:
             for method in Method:
@@ -112,7 +139,7 @@ def _routes(
 
 def _pool(settings: Settings) -> Pool:
     section = settings.upstream
-    tls = tls_context(section.ca_file) if section.url.tls else None
+    tls = client_context(section.ca_file) if section.url.tls else None
     return Pool(
         Target(section.url.host, section.url.port, section.url.authority, tls),
         connect_timeout=section.connect_timeout,

@@ -93,8 +93,8 @@ class Payload:
 
     @property
     def replayable(self) -> bool:
-        """Whether the body can be sent a second time."""
-        return self._body is None
+        """Whether the body can be sent a second time: it is at hand, and was not streamed away."""
+        return self._body is None and len(self._data) == self.size
 
     async def peek(self, size: int) -> bytes:
         """Return the first `size` bytes, fewer if the body is shorter; they stay unread.

@@ -42,7 +42,21 @@ class Empty:
     """Answer 200 with zero bytes of application/protobuf: an empty message of any type."""
 
 
-Answer = Status | Drop | Empty
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Keep the call waiting for the upstream for as long as this, counted from its start; then answer Empty.
+
+    The waiting is the policy `retry`'s; a call that may have reached the SuperLink is not held, since it
+    cannot be asked again, and is answered Empty at once.
+    """
+
+    seconds: float
+
+
+Answer = Status | Drop | Empty | Hold
+
+#: Legacy REST nodes have no timeout of their own; a pull held for 75 s was measured to be harmless.
+HOLD_SECONDS = 60.0
 
 
 class Cell(NamedTuple):
@@ -70,6 +84,9 @@ _KICK_401 = Cell(Status(401), "the wish is that this node goes: it deactivates a
 _DROP_MESSAGE_403 = Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
 _CLOSE = Cell(Drop(), "a closed connection is retried; a status would end the node")
 
+# Reasons that end by themselves when the upstream comes back.
+_OUTAGE = frozenset({Reason.UPSTREAM_DOWN, Reason.BREAKER_OPEN})
+
 # Reasons whose cause lies in this one call, so that the same bytes again would fare no better.
 _LASTING = frozenset({Reason.FORBIDDEN, Reason.TOO_LARGE, Reason.UPSTREAM_REJECTED})
 
@@ -96,6 +113,8 @@ def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
             return Cell(Status(503), "any status is retried; a close would kill the heartbeat thread")
         case Kind.PULL | Kind.JOIN if reason is Reason.UNAUTHENTICATED:
             return Cell(Status(401), "the wish is that this node goes: it exits on any status but 200")
+        case Kind.PULL if reason in _OUTAGE:
+            return Cell(Hold(HOLD_SECONDS), "it waits without harm, and polls less than if told at once")
         case Kind.PULL:
             return _NOTHING_NOW
         case Kind.PUSH if reason in _LASTING or reason is Reason.UNAUTHENTICATED:

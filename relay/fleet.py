@@ -11,8 +11,9 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
+from relay.wireformat import TruncatedError, fields
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Self
 
 
@@ -129,20 +130,16 @@ def peek(method: Method, head: bytes) -> Ids:
     run: int | None = None
     obj: str | None = None
     try:
-        for number, value in _fields(head):
+        for number, value in fields(head):
             if number == at.node and at.node:
                 node = _node_id(value) if at.node_is_message else _uint(value)
             elif number == at.run and at.run:
                 run = _uint(value)
             elif number == at.object and at.object and isinstance(value, bytes):
                 obj = value.decode("ascii")
-    except (_TruncatedError, UnicodeDecodeError):
+    except (TruncatedError, UnicodeDecodeError):
         pass
     return Ids(node, run, obj)
-
-
-class _TruncatedError(Exception):
-    """The bytes end, or stop being protobuf, in the middle of a field."""
 
 
 def _uint(value: int | bytes) -> int | None:
@@ -151,47 +148,7 @@ def _uint(value: int | bytes) -> int | None:
 
 def _node_id(value: int | bytes) -> int | None:
     if isinstance(value, bytes):
-        for number, inner in _fields(value):
+        for number, inner in fields(value):
             if number == 1:
                 return _uint(inner)
     return None
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of the varint and length-delimited fields, in their order.
-
-    Encoding: https://protobuf.dev/programming-guides/encoding
-    """
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = _varint(data, at)
-        number, wire_type = tag >> 3, tag & 7
-        if wire_type == 0:
-            value, at = _varint(data, at)
-            yield number, value
-        elif wire_type == 2:
-            size, at = _varint(data, at)
-            if at + size > end:
-                raise _TruncatedError
-            yield number, data[at : at + size]
-            at += size
-        elif wire_type == 1:
-            at += 8
-        elif wire_type == 5:
-            at += 4
-        else:
-            raise _TruncatedError
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while shift < 64:
-        if at >= len(data):
-            raise _TruncatedError
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, at
-        shift += 7
-    raise _TruncatedError

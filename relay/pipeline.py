@@ -20,7 +20,7 @@ class Policy(Protocol):
 
     #: Its name in `flwr-relay explain`, settings and metrics; the same as its file's.
     name: ClassVar[str]
-    #: How much of a payload it looks at.
+    #: How much of a request it looks at; of a reply it may read what it asks for.
     sees: ClassVar[View]
 
     def applies(self, method: Method) -> bool:
@@ -85,16 +85,12 @@ def _guarded(policy: Policy, handler: Handler) -> Handler:
     async def unguarded(call: Call) -> Reply:
         call.payload.allowed = View.MESSAGE
         try:
-            reply = await handler(call)
+            return await handler(call)
         finally:
             call.payload.allowed = policy.sees
-        reply.payload.allowed = policy.sees
-        return reply
 
     async def guarded(call: Call) -> Reply:
         call.payload.allowed = policy.sees
-        reply = await policy.handle(call, unguarded)
-        reply.payload.allowed = View.MESSAGE
-        return reply
+        return await policy.handle(call, unguarded)
 
     return guarded

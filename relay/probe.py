@@ -6,7 +6,7 @@ import http.client
 from typing import TYPE_CHECKING
 
 from relay.call import Wire
-from relay.upstreams.pool import tls_context
+from relay.tls import client_context
 
 if TYPE_CHECKING:
     from relay.settings import Upstream
@@ -35,7 +35,7 @@ def probe_upstream(upstream: Upstream) -> str:
     try:
         connection: http.client.HTTPConnection
         if url.tls:
-            context = tls_context(upstream.ca_file)
+            context = client_context(upstream.ca_file)
             connection = http.client.HTTPSConnection(url.host, url.port, timeout=timeout, context=context)
         else:
             connection = http.client.HTTPConnection(url.host, url.port, timeout=timeout)
@@ -44,7 +44,7 @@ def probe_upstream(upstream: Upstream) -> str:
             status = connection.getresponse().status
         finally:
             connection.close()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:  # UnicodeError: no DNS name
         raise ProbeError(f"{url} does not answer: {error or type(error).__name__}") from error
     if status != expected:
         raise ProbeError(

@@ -36,13 +36,25 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
         reason: what the dialect renders.
         detail: for the log only, never for the node: what happened, with the original.
         by: the policy or upstream that said it.
+        sent: whether a byte of the call may have reached the upstream.
+        status: what the upstream answered, if it did.
     """
 
-    def __init__(self, reason: Reason, detail: str = "", *, by: str = "relay") -> None:
+    def __init__(
+        self,
+        reason: Reason,
+        detail: str = "",
+        *,
+        by: str = "relay",
+        sent: bool = True,
+        status: int | None = None,
+    ) -> None:
         super().__init__(f"{reason.value} by {by}: {detail}" if detail else f"{reason.value} by {by}")
         self.reason = reason
         self.detail = detail
         self.by = by
+        self.sent = sent
+        self.status = status
 
 
 class NodeGone(Exception):  # noqa: N818 - it names the event

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -26,6 +27,7 @@ _SERVICE_LINK = re.compile(
     r"RELAY_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)\w*)?)"
 )
 _USERINFO = re.compile(r"//[^/@\s]*@")
+_PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*", re.DOTALL)
 _LONGEST_VALUE = 100
 _TEXT = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -79,6 +81,11 @@ class Source:
             key = key[:-1]
         return self.origins.get(key, "default")
 
+    def origin_of_section(self, key: Key) -> str:
+        """Where the section at `key` was given: as a whole, or else the first of the keys in it."""
+        inside = (origin for known, origin in self.origins.items() if known[: len(key)] == key)
+        return next(inside, None) or self.origin(key)
+
 
 def read(path: Path | None, environ: Mapping[str, str], schema: type[BaseModel]) -> Source:
     """Merge the file at `path` (None: no file) with the variables of `environ`; a variable wins.
@@ -109,8 +116,8 @@ def variable(key: Key) -> str:
 
 
 def show(value: object) -> str:
-    """A value as one short line without control characters and without the credentials of a URL."""
-    text = _USERINFO.sub("//***@", repr(value))
+    """A value as one short line without control characters, the credentials of a URL, and a private key."""
+    text = _PRIVATE_KEY.sub(r"\1***", _USERINFO.sub("//***@", repr(value)))
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
@@ -124,7 +131,16 @@ def annotation_at(schema: type[BaseModel], key: Key) -> Any:
             declared = declared.model_fields[part].annotation
         else:
             return None
+        declared = _present(declared)
     return declared
+
+
+def _present(declared: Any) -> Any:
+    """`X` for `X | None`: what is declared for a value that is there."""
+    if get_origin(declared) not in (Union, UnionType):
+        return declared
+    present = [choice for choice in get_args(declared) if choice is not NoneType]
+    return present[0] if len(present) == 1 else declared
 
 
 def keys(schema: type[BaseModel], prefix: Key = ()) -> Iterator[Key]:

@@ -1,4 +1,4 @@
-"""Value types of the settings: addresses, URLs, durations, sizes and networks.
+"""Value types of the settings: addresses, URLs, durations, sizes, networks, numbers and switches.
 
 Each type is parsed from what a person writes and says, when it cannot be, what would be right.
 """
@@ -6,14 +6,12 @@ Each type is parsed from what a person writes and says, when it cannot be, what 
 import ipaddress
 import math
 import re
-import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BeforeValidator, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.ASCII)
 _HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\[\]]*)\]|(?P<name>[^\[\]:]*))(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
@@ -24,6 +22,7 @@ _QUANTITY = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?P<unit>[A-
 
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_A_DURATION = "a number of seconds, or a duration such as 500ms, 25s or 2m"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _ANY_IPV4 = "0.0.0.0"  # noqa: S104 - what `:8080` means; nothing is bound here
 _ANY_IPV6 = "::"
@@ -143,8 +142,8 @@ def _includes(wildcard: str, host: str) -> bool:
         return False
 
 
-def _quantity(value: object, units: Mapping[str, float], right: str) -> float:
-    """A positive finite number times its unit. Raises ValueError with `right`: how to write one."""
+def _quantity(value: object, units: Mapping[str, float], right: str, *, zero: bool = False) -> float:
+    """A finite number above zero (or zero) times its unit. Raises ValueError with `right`: what to write."""
     number, unit = value, ""
     if isinstance(value, str) and (match := _QUANTITY.fullmatch(value.strip())):
         number = float(match["number"]) if "." in match["number"] else int(match["number"])
@@ -153,16 +152,20 @@ def _quantity(value: object, units: Mapping[str, float], right: str) -> float:
         raise ValueError(f"must be {right}")
     try:
         amount = number * units[unit]
-        usable = math.isfinite(amount) and amount > 0
+        usable = math.isfinite(amount) and (amount >= 0 if zero else amount > 0)
     except OverflowError:
         usable = False
     if not usable:
-        raise ValueError(f"must be above zero and finite: {right}")
+        raise ValueError(f"must be {'at least' if zero else 'above'} zero and finite: {right}")
     return amount
 
 
 def _parse_seconds(value: object) -> float:
-    return float(_quantity(value, _SECONDS, "a number of seconds, or a duration such as 500ms, 25s or 2m"))
+    return float(_quantity(value, _SECONDS, _A_DURATION))
+
+
+def _parse_seconds_or_zero(value: object) -> float:
+    return float(_quantity(value, _SECONDS, _A_DURATION, zero=True))
 
 
 def _parse_bytes(value: object) -> int:
@@ -175,7 +178,17 @@ def _parse_bytes(value: object) -> int:
 
 def show_seconds(seconds: float) -> str:
     """Write a duration as the settings accept it: 0.5 is "500ms", 25.0 is "25s"."""
-    return f"{seconds * 1000:g}ms" if seconds < 1 else f"{seconds:g}s"
+    return f"{seconds * 1000:g}ms" if 0 < seconds < 1 else f"{seconds:g}s"
+
+
+def show_flag(flag: bool) -> str:
+    """Write a switch as YAML does."""
+    return "true" if flag else "false"
+
+
+def show_number(number: float) -> str:
+    """Write a number without decimals that say nothing: 10.0 is "10"."""
+    return f"{number:g}"
 
 
 def show_bytes(size: int) -> str:
@@ -216,18 +229,6 @@ def _parse_network(value: object) -> IPv4Network | IPv6Network:
         raise ValueError(f"names an address inside a network: write {network}") from None
 
 
-def _check_ca_file(path: Path) -> Path:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
-    except ssl.SSLError:
-        raise ValueError(
-            "must be a file of PEM certificates, and this one holds none that can be read"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    return path
-
-
 def below(limit: float, why: str) -> AfterValidator:
     """A check that a duration is shorter than `limit` seconds, which names the reason when it is not."""
 
@@ -243,5 +244,10 @@ Address = Annotated[HostPort, PlainValidator(_parse_address), Doc("`host:port`")
 Url = Annotated[BaseUrl, PlainValidator(_parse_url), Doc("URL")]
 Network = Annotated[IPv4Network | IPv6Network, PlainValidator(_parse_network), Doc("network")]
 Seconds = Annotated[float, BeforeValidator(_parse_seconds), Doc("duration", show_seconds)]
+SecondsOrZero = Annotated[float, BeforeValidator(_parse_seconds_or_zero), Doc("duration, or 0", show_seconds)]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Doc("size", show_bytes)]
-CaFile = Annotated[Path, AfterValidator(_check_ca_file), Doc("path")]
+Flag = Annotated[bool, Field(strict=True), Doc("`true` or `false`", show_flag)]
+Share = Annotated[
+    float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), Doc("number, 0 to 1", show_number)
+]
+Rate = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), Doc("number above 0", show_number)]

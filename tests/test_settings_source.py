@@ -29,6 +29,7 @@ class Tree(BaseModel):
     size: int = 1
     ports: tuple[Port, ...] = ()
     main_port: Port = Port()
+    spare_port: Port | None = None
 
 
 def read_text(tmp_path: Path, text: str | bytes, environ: Mapping[str, str] | None = None) -> Source:
@@ -251,17 +252,32 @@ def test_the_keys_and_types_of_a_tree_are_known() -> None:
         ("ports", 0, "names"),
         ("main_port", "number"),
         ("main_port", "names"),
+        ("spare_port", "number"),
+        ("spare_port", "names"),
     ]
     assert annotation_at(Tree, ("ports", 7, "number")) is int
     assert annotation_at(Tree, ("ports", 7, "names", 0)) is str
     assert annotation_at(Tree, ("main_port",)) is Port
+    assert annotation_at(Tree, ("spare_port",)) is Port
+    assert annotation_at(Tree, ("spare_port", "number")) is int
     for key in [("other",), ("size", 0), ("size", "a"), ("ports", "number"), ("ports", 0, 0)]:
         assert annotation_at(Tree, key) is None
+
+
+def test_a_section_comes_from_where_it_was_given_or_its_first_key(tmp_path: Path) -> None:
+    text = "size: 1\nmain_port:\n  number: 1\n"
+    environ = {"RELAY_SPARE_PORT__NUMBER": "2", "RELAY_PORTS": "[{number: 3}]"}
+    source = read_text(tmp_path, text, environ)
+    assert source.origin_of_section(("main_port",)) == f"{tmp_path / 'relay.yaml'}:2"
+    assert source.origin_of_section(("spare_port",)) == "RELAY_SPARE_PORT__NUMBER"
+    assert source.origin_of_section(("ports", 0)) == "RELAY_PORTS"
+    assert Source().origin_of_section(("main_port",)) == "default"
 
 
 def test_a_value_is_shown_as_one_short_line_without_credentials() -> None:
     assert show("a\nb\x1b[0m") == r"'a\nb\x1b[0m'"
     assert show("http://me:key@host/") == "'http://***@host/'"
+    assert show(["-----BEGIN RSA PRIVATE KEY-----\nMIIE"]) == "['-----BEGIN RSA PRIVATE KEY-----***"
     assert show("x" * 500) == f"'{'x' * 99}..."
 
 

@@ -1,10 +1,8 @@
 """How the values of settings are written, and what is said of a value that cannot be read."""
 
 import ipaddress
-from pathlib import Path
 from typing import Any
 
-import certifi
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,12 +12,17 @@ from relay.settings_types import (
     Address,
     BaseUrl,
     Bytes,
-    CaFile,
+    Flag,
     HostPort,
     Network,
+    Rate,
     Seconds,
+    SecondsOrZero,
+    Share,
     Url,
     show_bytes,
+    show_flag,
+    show_number,
     show_seconds,
 )
 
@@ -253,10 +256,67 @@ def test_a_parsed_value_is_taken_as_it_is() -> None:
     assert TypeAdapter(Network).validate_python(network) is network
 
 
-def test_a_ca_file_holds_certificates(tmp_path: Path) -> None:
-    assert TypeAdapter(CaFile).validate_python(certifi.where()) == Path(certifi.where())
-    empty = tmp_path / "empty.pem"
-    empty.touch()
-    assert "holds none that can be read" in refusal(CaFile, empty)
-    assert "No such file" in refusal(CaFile, tmp_path / "missing.pem")
-    assert "cannot be read" in refusal(CaFile, tmp_path)
+@pytest.mark.parametrize("value", [0, 0.0, "0", "0s", "0ms"])
+def test_a_duration_may_be_zero_where_it_says_so(value: object) -> None:
+    assert TypeAdapter[float](SecondsOrZero).validate_python(value) == 0.0
+    assert TypeAdapter[float](SecondsOrZero).validate_python("1500ms") == 1.5
+    assert show_seconds(0.0) == "0s"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (-1, "must be at least zero and finite: a number of seconds"),
+        (float("nan"), "must be at least zero and finite: a number of seconds"),
+        ("-1s", "must be a number of seconds"),
+        (False, "must be a number of seconds"),
+        (None, "must be a number of seconds"),
+    ],
+)
+def test_a_duration_or_zero_that_is_none_is_refused(value: object, reason: str) -> None:
+    assert refusal(SecondsOrZero, value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Flag, True),
+        (Flag, False),
+        (Share, 0),
+        (Share, 0.2),
+        (Share, 1),
+        (Rate, 0.001),
+        (Rate, 10),
+        (Rate, 1e6),
+    ],
+)
+def test_a_switch_or_a_number_is_taken_as_it_is(kind: Any, value: object) -> None:
+    assert TypeAdapter(kind).validate_python(value) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Flag, 1),
+        (Flag, "true"),
+        (Flag, None),
+        (Share, -0.1),
+        (Share, 1.1),
+        (Share, True),
+        (Share, "0.2"),
+        (Share, float("nan")),
+        (Rate, 0),
+        (Rate, -1),
+        (Rate, "10"),
+        (Rate, float("inf")),
+        (Rate, float("nan")),
+    ],
+)
+def test_a_switch_or_a_number_of_another_kind_is_refused(kind: Any, value: object) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(kind).validate_python(value)
+
+
+def test_a_switch_or_a_number_is_written_as_it_is_read() -> None:
+    assert (show_flag(True), show_flag(False)) == ("true", "false")
+    assert (show_number(10.0), show_number(0.2)) == ("10", "0.2")

@@ -33,9 +33,10 @@ class AccessLog:
     async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         """Pass the call on; the line is written when it has ended."""
         head = b""
+        # Before the look at the body, which may end the call; `head` is what it is when that has ended.
+        call.on_end(lambda call, ending: self._write(call, ending, head))
         if self._debug:
             head = await call.payload.peek(PEEK_BYTES)
-        call.on_end(lambda call, ending: self._write(call, ending, head))
         return await next(call)
 
     def _write(self, call: Call, ending: Ending, head: bytes) -> None:

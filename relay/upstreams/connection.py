@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 HIGH_WATER = 1024 * 1024
 LOW_WATER = 256 * 1024
+#: The most that an upstream may send before the head of its answer is complete.
+MAX_HEAD = 64 * 1024
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -37,7 +39,7 @@ class Connection(asyncio.Protocol):
     Attributes:
         status, headers: of the response; `headers` without its framing (content-length, transfer-encoding).
         size: bytes of the response body, None if the upstream did not say.
-        idle_since: event-loop time at which the last exchange ended.
+        idle_since: event-loop time at which its pool took it back.
     """
 
     __slots__ = (
@@ -46,6 +48,7 @@ class Connection(asyncio.Protocol):
         "_drained",
         "_error",
         "_head",
+        "_head_size",
         "_idle_timeout",
         "_informational",
         "_loop",
@@ -110,6 +113,7 @@ class Connection(asyncio.Protocol):
         self.headers: Metadata = []
         self.size: int | None = None
         self._buffered = 0
+        self._head_size = 0
         self._received = 0
         self._raw_left = 0
         self._chunked = False
@@ -150,7 +154,7 @@ class Connection(asyncio.Protocol):
         """
         transport = self._transport
         if transport is None:
-            raise self._down("was closed")
+            raise Refusal(Reason.UPSTREAM_DOWN, "was closed", by=self.name, sent=False)
         self._reset()
         self._head = self._loop.create_future()
         timer: asyncio.TimerHandle | None = None
@@ -180,12 +184,17 @@ class Connection(asyncio.Protocol):
         """Send the body; then give the upstream `timeout` seconds to answer."""
         try:
             chunked = payload.size is None
+            sent = 0
             async for piece in payload.stream():
                 if self._transport is None or head.done():
                     return
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                sent += len(piece)
                 if self._paused_writing:
                     await self._drain()
+            if not chunked and sent != payload.size:
+                # The upstream would take the next request for the rest of this one.
+                raise Refusal(Reason.INTERNAL, f"{sent} of {payload.size} bytes to send", by=self.name)
             if chunked and self._transport is not None:
                 self._transport.write(_LAST_CHUNK)
             self._request_done = True
@@ -277,12 +286,14 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(Refusal(Reason.UPSTREAM_BAD_ANSWER, f"no HTTP response: {error!r}", by=self.name))
-            self.abort()
+            self._bad(f"no HTTP response: {error!r}")
+        if not self.status:
+            self._head_size += len(data)
+            if self._head_size > MAX_HEAD:
+                self._bad(f"no end of the head within {MAX_HEAD} bytes")
             return
-        if self.status and self._head is not None and not self._head.done():
-            self._head.set_result(None)
-        if self.size is not None and self.status and not self._response_done:
+        self._wake(self._head)
+        if self.size is not None and not self._response_done:
             self._raw_left = self.size - self._received
         self._body_came()
 
@@ -360,7 +371,11 @@ class Connection(asyncio.Protocol):
 
     def _message_ended(self, *, keep: bool) -> None:
         self._response_done = True
-        if not keep or not self._request_done:
+        transport = self._transport
+        if not self._request_done or (transport is not None and transport.get_write_buffer_size()):
+            # An upstream that has answered may never take the rest, so nobody waits for that.
+            self.abort()
+        elif not keep:
             self.retire()
 
     def _release(self) -> None:
@@ -371,8 +386,11 @@ class Connection(asyncio.Protocol):
             self._paused_reading = False
             self._transport.resume_reading()
         if self.usable:
-            self.idle_since = self._loop.time()
             self._on_free(self)
+
+    def _bad(self, what: str) -> None:
+        self._fail(Refusal(Reason.UPSTREAM_BAD_ANSWER, what, by=self.name))
+        self.abort()
 
     def _fail(self, refusal: Refusal) -> None:
         if self._response_done:
@@ -389,16 +407,21 @@ class Connection(asyncio.Protocol):
             waiter.set_exception(self._error)
 
     async def _drain(self) -> None:
-        """Wait until the upstream has taken enough of what was written."""
-        self._drained = self._loop.create_future()
-        timer = self._loop.call_later(
-            self._idle_timeout, self._expire, self._drained, "took no data", self._idle_timeout
-        )
-        try:
-            await self._drained
-        finally:
-            timer.cancel()
-            self._drained = None
+        """Wait until the upstream has taken enough; a slow one may, one that takes nothing is given up."""
+        waiting = 0
+        while (transport := self._transport) is not None and self._paused_writing:
+            if transport.get_write_buffer_size() == waiting:
+                raise Refusal(
+                    Reason.UPSTREAM_TIMEOUT, f"took no data for {self._idle_timeout:g} s", by=self.name
+                )
+            waiting = transport.get_write_buffer_size()
+            self._drained = self._loop.create_future()
+            timer = self._loop.call_later(self._idle_timeout, self._wake, self._drained)
+            try:
+                await self._drained
+            finally:
+                timer.cancel()
+                self._drained = None
 
     def _down(self, what: str) -> Refusal:
         return Refusal(Reason.UPSTREAM_DOWN, what, by=self.name)
@@ -407,3 +430,32 @@ class Connection(asyncio.Protocol):
     def _wake(waiter: asyncio.Future[None] | None) -> None:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+class Rest:
+    """The rest of one response; see `relay.call.Body`.
+
+    Its end parts it from the connection, which may carry another exchange by then: reading on takes nothing
+    from that one, and closing does not end it.
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Connection) -> None:
+        """Stand for what `connection` has not yet given of its response."""
+        self._connection: Connection | None = connection
+
+    async def read(self) -> bytes:
+        """Return the next piece; b"" at the end. Raises what `Connection.read` does."""
+        if self._connection is None:
+            return b""
+        piece = await self._connection.read()
+        if not piece:
+            self._connection = None
+        return piece
+
+    def close(self) -> None:
+        """Give up what has not been read."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

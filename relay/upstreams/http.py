@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Kind, Method
 from relay.refusal import Reason, Refusal
+from relay.upstreams.connection import Connection, Rest
+from relay.wireformat import uint, well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from relay.call import Metadata
-    from relay.upstreams.connection import Connection
     from relay.upstreams.pool import Pool
 
 CONTENT_TYPE = b"application/protobuf"
@@ -46,7 +47,13 @@ class HttpUpstream:
     """
 
     def __init__(
-        self, pool: Pool, prefix: str, timeouts: Timeouts, passes: Mapping[int, Collection[Kind]]
+        self,
+        pool: Pool,
+        prefix: str,
+        timeouts: Timeouts,
+        passes: Mapping[int, Collection[Kind]],
+        *,
+        judging: bool = True,
     ) -> None:
         """Prepare the constant parts of each request.
 
@@ -55,9 +62,11 @@ class HttpUpstream:
             prefix: path before the method's, e.g. `/v1/fleet/`.
             timeouts: how long to wait for an answer.
             passes: statuses besides 200 that mean something to a node, with the kinds they are passed for.
+            judging: whether an answer that would end a node is refused; if not, any answer is passed on.
         """
         self.pool = pool
         self._timeouts = timeouts
+        self._judging = judging
         self._passes = {status: frozenset(kinds) for status, kinds in passes.items()}
         host = pool.target.authority.encode("ascii")
         self._start = {
@@ -76,16 +85,20 @@ class HttpUpstream:
         head = self._head(call)
         connection = await self.pool.acquire()
         timeout = self._timeout(call)
+        if timeout <= 0:
+            self.pool.give_back(connection)
+            raise Refusal(Reason.UPSTREAM_TIMEOUT, "no time is left to ask", by=self.pool.name, sent=False)
         await connection.exchange(head, call.payload, timeout)
+        # The connection may carry another exchange as soon as its body was taken.
+        status, headers = connection.status, connection.headers
         try:
             payload = await _payload(connection)
-            self._check(call.method, connection)
+            if self._judging:
+                self._check(call.method, status, headers, payload.data)
         except BaseException:
             connection.close()
             raise
-        return Reply(
-            payload, Source.UPSTREAM, status=connection.status, metadata=_end_to_end(connection.headers)
-        )
+        return Reply(payload, Source.UPSTREAM, status=status, metadata=_end_to_end(headers))
 
     def _head(self, call: Call) -> bytes:
         parts = [self._start[call.method]]
@@ -96,18 +109,19 @@ class HttpUpstream:
 
     def _timeout(self, call: Call) -> float:
         own = self._timeouts.heartbeat if call.method.kind is Kind.HEARTBEAT else self._timeouts.response
-        left = call.deadline - time.monotonic()
-        return max(0.0, min(own, left))
+        if call.payload.data is None:
+            return own  # a node's patience begins anew when it has sent a long body
+        return min(own, call.deadline - time.monotonic())
 
-    def _check(self, method: Method, connection: Connection) -> None:
-        content_type = next((v for n, v in connection.headers if n.lower() == b"content-type"), b"")
-        reason = judge(method, connection.status, content_type, self._passes)
+    def _check(self, method: Method, status: int, headers: Metadata, data: bytes | None) -> None:
+        content_type = next((v for n, v in headers if n.lower() == b"content-type"), b"")
+        reason = judge(method, status, content_type, self._passes)
+        what = f"{status} {content_type.decode('latin-1')!r}"
+        if reason is None and status == 200 and data is not None and not makes_sense(method, data):
+            reason = Reason.UPSTREAM_BAD_ANSWER
+            what = f"{len(data)} bytes that are no {method.response}, beginning {data[:20]!r}"
         if reason is not None:
-            raise Refusal(
-                reason,
-                f"{method.rpc} was answered {connection.status} {content_type.decode('latin-1')!r}",
-                by=self.pool.name,
-            )
+            raise Refusal(reason, f"{method.rpc} was answered {what}", by=self.pool.name, status=status)
 
 
 async def _payload(connection: Connection) -> Payload:
@@ -115,7 +129,7 @@ async def _payload(connection: Connection) -> Payload:
     body = connection.take()
     if body is not None:
         return Payload(body)
-    payload = Payload(body=connection, size=connection.size)
+    payload = Payload(body=Rest(connection), size=connection.size)
     if connection.size is not None and connection.size <= WHOLE:
         await payload.read(WHOLE)
     return payload
@@ -157,3 +171,16 @@ def judge(
     if status >= 400 and method.kind in (Kind.FETCH, Kind.PUSH, Kind.CONFIRM):
         return Reason.UPSTREAM_REJECTED
     return Reason.UPSTREAM_BAD_ANSWER
+
+
+def makes_sense(method: Method, data: bytes) -> bool:
+    """Return whether a body may reach a node, of those that would end it if it did not parse.
+
+    Bytes that are no message end a node on a pull and an activation, and silence it on a heartbeat; an
+    activation without a node id has it ask as node 0, which the SuperLink answers with 401.
+    """
+    if method is Method.ACTIVATE_NODE:
+        return bool(uint(data, 1)) and well_formed(data)
+    if method.kind in (Kind.PULL, Kind.HEARTBEAT):
+        return well_formed(data)
+    return True

@@ -22,6 +22,6 @@ PASSES = {
 }
 
 
-def upstream(pool: Pool, timeouts: Timeouts) -> HttpUpstream:
-    """Return the handler for this SuperLink."""
-    return HttpUpstream(pool, PREFIX, timeouts, PASSES)
+def upstream(pool: Pool, timeouts: Timeouts, *, judging: bool = True) -> HttpUpstream:
+    """Return the handler for this SuperLink; it passes any answer on unless it is `judging`."""
+    return HttpUpstream(pool, PREFIX, timeouts, PASSES, judging=judging)

@@ -8,8 +8,7 @@ knowing whether it was carried out, and pull-messages cannot be asked twice.
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from relay.refusal import Reason, Refusal
 from relay.upstreams.connection import Connection
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import ssl
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +33,6 @@ class Target:
     port: int
     authority: str
     tls: ssl.SSLContext | None
-
-
-def tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """Return a client context that checks the upstream against `ca_file`, or the system's authorities.
-
-    Raises:
-        OSError: `ca_file` cannot be read or holds no certificate (ssl.SSLError is one).
-    """
-    context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 class Pool:
@@ -73,7 +60,8 @@ class Pool:
         self._idle: deque[Connection] = deque()  # the most recently used one is at the right
         self._connections: set[Connection] = set()  # lent and idle
         self._open = 0  # those, and the ones being opened
-        self._queue: deque[asyncio.Future[Connection | None]] = deque()
+        # in the order of arrival
+        self._queue: OrderedDict[asyncio.Future[Connection | None], None] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
         self._failure: str | None = None
@@ -97,8 +85,11 @@ class Pool:
             connection.retire()
         while self._open >= self._max:
             given = await self._wait()
-            if given is not None and given.usable:
+            if given is None:
+                return await self._connect()
+            if given.usable:
                 return given
+        self._open += 1
         return await self._connect()
 
     async def close(self) -> None:
@@ -110,30 +101,32 @@ class Pool:
             self._idle.pop().retire()
 
     async def _wait(self) -> Connection | None:
-        """Wait for a connection, or for leave to open one (None)."""
+        """Wait for a connection, or for a place to open one in (None); it is counted in `_open` already."""
         turn: asyncio.Future[Connection | None] = self._loop.create_future()
-        self._queue.append(turn)
+        self._queue[turn] = None
         try:
             async with asyncio.timeout(self._queue_timeout):
                 return await turn
         except BaseException as error:
+            self._queue.pop(turn, None)
             if turn.done() and not turn.cancelled():
                 # It was given in the very moment that the wait ended: pass it on.
                 given = turn.result()
                 if given is None:
-                    self._wake_next()
-                else:
-                    self._free(given)
+                    self._gone()
+                elif given.usable:
+                    self.give_back(given)
             if isinstance(error, TimeoutError):
                 raise Refusal(
                     Reason.OVERLOADED,
                     f"all {self._max} connections were busy for {self._queue_timeout:g} s",
                     by=self.name,
+                    sent=False,
                 ) from None
             raise
 
     async def _connect(self) -> Connection:
-        self._open += 1
+        """Open a connection in a place that is counted already."""
         try:
             connection = await self._dial()
         except Refusal as refusal:
@@ -160,27 +153,26 @@ class Pool:
                 )
         except TimeoutError:
             raise self._down(f"no connection within {self._connect_timeout:g} s") from None
-        except OSError as error:  # ssl.SSLError and socket.gaierror are
+        except (OSError, UnicodeError) as error:  # ssl.SSLError and socket.gaierror are the first
             raise self._down(f"no connection: {error}") from error
         if not connection.usable:
             raise self._down("a new connection was closed at once")
         return connection
 
     def _down(self, detail: str) -> Refusal:
-        return Refusal(Reason.UPSTREAM_DOWN, detail, by=self.name)
+        return Refusal(Reason.UPSTREAM_DOWN, detail, by=self.name, sent=False)
 
     def _make(self) -> Connection:
-        return Connection(self.name, self._idle_timeout, on_free=self._free, on_lost=self._lost)
+        return Connection(self.name, self._idle_timeout, on_free=self.give_back, on_lost=self._lost)
 
-    def _free(self, connection: Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
+        """Take back a connection on which nothing is under way."""
         if self._closed:
             connection.retire()
             return
-        while self._queue:
-            turn = self._queue.popleft()
-            if not turn.done():
-                turn.set_result(connection)
-                return
+        if self._hand_over(connection):
+            return
+        connection.idle_since = self._loop.time()
         self._idle.append(connection)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(self._keepalive / 4, self._sweep)
@@ -194,16 +186,18 @@ class Pool:
         self._gone()
 
     def _gone(self) -> None:
-        self._open -= 1
-        self._wake_next()
+        """Give up the place of a connection that has ended."""
+        if not self._hand_over(None):
+            self._open -= 1
 
-    def _wake_next(self) -> None:
-        """Give the longest waiting call leave to open a connection."""
+    def _hand_over(self, what: Connection | None) -> bool:
+        """Give a connection, or a place to open one in, to the call that waits longest, if one does."""
         while self._queue:
-            turn = self._queue.popleft()
+            turn, _ = self._queue.popitem(last=False)
             if not turn.done():
-                turn.set_result(None)
-                return
+                turn.set_result(what)
+                return True
+        return False
 
     def _sweep(self) -> None:
         """Retire what was idle for long; the oldest are at the left."""

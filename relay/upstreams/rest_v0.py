@@ -16,6 +16,6 @@ if TYPE_CHECKING:
 PREFIX = "/api/v0/fleet/"
 
 
-def upstream(pool: Pool, timeouts: Timeouts) -> HttpUpstream:
-    """Return the handler for this SuperLink."""
-    return HttpUpstream(pool, PREFIX, timeouts, {})
+def upstream(pool: Pool, timeouts: Timeouts, *, judging: bool = True) -> HttpUpstream:
+    """Return the handler for this SuperLink; it passes any answer on unless it is `judging`."""
+    return HttpUpstream(pool, PREFIX, timeouts, {}, judging=judging)

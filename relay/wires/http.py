@@ -221,7 +221,7 @@ class Front:
         keep = self._keeps(request) and request.content.is_eof()
         tail = b"x-request-id: %b\r\n" % request_id.encode("ascii") + self._connection(request, keep=keep)
         match dialect.answer(wire, reason, method):
-            case dialect.Empty():
+            case dialect.Empty() | dialect.Hold():
                 transport.write(_STATUS_LINE[200] + _OUR_TYPE + b"content-length: 0\r\n" + tail)
             case dialect.Status(code):
                 text = reason.value.encode()

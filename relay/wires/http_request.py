@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import re
 import time
@@ -59,12 +58,12 @@ class Spec:
     Attributes:
         wire: which one it is.
         prefix: path before the method's.
-        patience: seconds after which a node gives a heartbeat up, and any other small call; None: never.
+        patience: seconds after which a node gives a heartbeat up, and any other call.
     """
 
     wire: Wire
     prefix: str
-    patience: tuple[float, float] | None
+    patience: tuple[float, float]
 
 
 class NodeBody:
@@ -154,10 +153,7 @@ class Receiver:
         started = time.monotonic()
         size = None if b"transfer-encoding" in taken else int(taken.get(b"content-length", 0))
         small = size is not None and size <= WHOLE
-        patience = spec.patience
-        deadline = math.inf
-        if patience is not None and small:
-            deadline = started + _SHARE * patience[method.kind is not Kind.HEARTBEAT]
+        deadline = started + _SHARE * spec.patience[method.kind is not Kind.HEARTBEAT]
         return Call(
             method,
             spec.wire,

@@ -15,6 +15,8 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import _ErrInfo
 
+from relay.tls import handshake_done
+
 if TYPE_CHECKING:
     from aiohttp.http_parser import RawRequestMessage
     from aiohttp.streams import StreamReader
@@ -88,6 +90,8 @@ class NodeConnection(web.RequestHandler):
         if isinstance(peer, tuple):
             self.peer = peer[0]
         self.tls = transport.get_extra_info("sslcontext") is not None
+        if self.tls:
+            handshake_done(transport)
         super().connection_made(transport)
 
     async def drain(self) -> None:

@@ -1,0 +1,264 @@
+"""Mend what a lost answer or a crashed node leaves behind.
+
+A lost answer is one that the SuperLink gave and nobody got: the connection broke, or the time was up. The
+SuperLink has then done what was asked, and refuses to do it again. Three cases would cost a message or a
+node, and in each of them the truth can be had (facts of flwr 1.42: docs/flower-compatibility.md):
+
+register-node: after an attempt that ended ambiguously, "public key already in use" (412, code 23; a 500
+from a REST SuperLink) means that the attempt had arrived. Nodes ignore the content of the answer, and over
+HTTP the SuperLink has checked the signature before it says so.
+
+push-object: `stored=false` for an object that can be pulled means that it was stored before. `stored=true`
+is then the truth; told `false`, the node would drop its whole reply.
+
+activate-node: a node that crashed and comes back, or whose answer was lost, is refused (412, code 2004)
+while the SuperLink holds it ONLINE, and would exit. It is deactivated first, with the proof that this
+very call carries, if its node id is known on this host from an earlier activation. If not, it is told to come
+back for as long as an ONLINE may last (2 heartbeat intervals of 30 s).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+import structlog
+
+from relay.call import Call, Payload, Reply, Source, View
+from relay.fleet import PEEK_BYTES, Method, peek
+from relay.refusal import Reason, Refusal
+from relay.wireformat import TruncatedError, encode_bytes, encode_uint, fields, uint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.pipeline import Handler
+    from relay.stores.host import HostTable
+
+log = structlog.get_logger("relay.policies.repair")
+
+_KEY_IN_USE = 23
+_ACTIVATION_FAILED = 2004
+_STORED = encode_uint(1, 1)
+_AMBIGUOUS = frozenset({Reason.UPSTREAM_DOWN, Reason.UPSTREAM_TIMEOUT, Reason.UPSTREAM_BAD_ANSWER})
+
+#: The head of a register or activate request holds the public key, about 215 bytes of PEM.
+_KEY_BYTES = 1024
+#: An error of a SuperLink is a short JSON object.
+_ERROR_BYTES = 16 * 1024
+#: A SuperLink holds a silent node ONLINE for 60 s; a refusal that comes later means something else.
+_ONLINE_SECONDS = 75
+#: How long an ambiguous registration, or a refused activation, is remembered.
+_MEMORY_SECONDS = 600
+
+
+class Repair:
+    """Recognises the three cases and mends them."""
+
+    name: ClassVar[str] = "repair"
+    sees: ClassVar[View] = View.PEEK
+
+    def __init__(
+        self,
+        *,
+        lost_answers: bool,
+        reactivate: bool,
+        table: HostTable,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Mend what is switched on.
+
+        Args:
+            lost_answers: of register-node and push-object.
+            reactivate: let nodes in that the SuperLink still holds ONLINE.
+            table: node ids by public key, and what happened to a key when.
+            now: seconds of a clock that all workers of the host share.
+        """
+        self._lost_answers = lost_answers
+        self._reactivate = reactivate
+        self._table = table
+        self._now = now
+
+    def applies(self, method: Method) -> bool:
+        """The three methods, as far as they are switched on."""
+        if method is Method.ACTIVATE_NODE:
+            return self._reactivate
+        return self._lost_answers and method in (Method.REGISTER_NODE, Method.PUSH_OBJECT)
+
+    async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+        """Pass the call on and mend what comes back. Raises the Refusal that could not be mended."""
+        if call.method is Method.PUSH_OBJECT:
+            return await self._push(call, next)
+        key = _bytes_field(await call.payload.peek(_KEY_BYTES), 1)
+        if call.method is Method.REGISTER_NODE:
+            return await self._register(call, next, key)
+        return await self._activate(call, next, key)
+
+    # -- register-node ------------------------------------------------------------------------------
+
+    async def _register(self, call: Call, next: Handler, key: bytes) -> Reply:  # noqa: A002
+        attempt = b"registering:" + key
+        try:
+            return await self._registered(call, await next(call), attempt)
+        except Refusal as refusal:
+            if self._in_use(refusal, attempt):
+                return self._success(call)
+            if not _is_ambiguous(refusal):
+                raise
+            self._remember(attempt)
+        try:
+            return await self._registered(call, await next(call), attempt)
+        except Refusal as refusal:
+            if self._in_use(refusal, attempt):
+                return self._success(call)
+            raise
+
+    async def _registered(self, call: Call, reply: Reply, attempt: bytes) -> Reply:
+        if reply.status == 412 and self._age(attempt) is not None and await _code(reply) == _KEY_IN_USE:
+            return self._success(call)
+        return reply
+
+    def _in_use(self, refusal: Refusal, attempt: bytes) -> bool:
+        """Return whether a REST SuperLink, which has no code for it, says that the key is in use."""
+        return refusal.status == 500 and self._age(attempt) is not None
+
+    def _success(self, call: Call) -> Reply:
+        log.info("registration had arrived", request_id=call.request_id)
+        return Reply(Payload(), Source.LOCAL)
+
+    # -- push-object --------------------------------------------------------------------------------
+
+    async def _push(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+        head = await call.payload.peek(PEEK_BYTES)
+        try:
+            reply = await next(call)
+        except Refusal as refusal:
+            if not _is_ambiguous(refusal):
+                raise
+            if await self._available(call, next, head):
+                return self._stored(call)
+            if not call.payload.replayable:
+                raise
+            reply = await next(call)
+        if reply.status == 200 and reply.payload.data is not None:
+            stored = uint(reply.payload.data, 1)
+            if not stored and await self._available(call, next, head):
+                return self._stored(call)
+        return reply
+
+    async def _available(self, call: Call, next: Handler, head: bytes) -> bool:  # noqa: A002
+        """Ask the SuperLink, with this call's proof, whether it holds the object."""
+        ids = peek(Method.PUSH_OBJECT, head)
+        if ids.node_id is None or ids.run_id is None or not ids.object_id:
+            return False
+        question = (
+            encode_bytes(1, encode_uint(1, ids.node_id))
+            + encode_uint(2, ids.run_id)
+            + encode_bytes(3, ids.object_id.encode())
+        )
+        try:
+            reply = await next(_beside(call, Method.PULL_OBJECT, question))
+        except Refusal:
+            return False
+        try:
+            # found and available are the first two fields; the content behind them is not wanted
+            answer = await reply.payload.peek(4)
+        except Refusal:
+            return False
+        finally:
+            reply.payload.close()
+        return reply.status == 200 and answer == encode_uint(1, 1) + encode_uint(2, 1)
+
+    def _stored(self, call: Call) -> Reply:
+        log.info("object had been stored", request_id=call.request_id)
+        return Reply(Payload(_STORED), Source.LOCAL)
+
+    # -- activate-node ------------------------------------------------------------------------------
+
+    async def _activate(self, call: Call, next: Handler, key: bytes) -> Reply:  # noqa: A002
+        reply = await next(call)
+        if reply.status == 200:
+            self._learn(key, reply)
+            return reply
+        if reply.status != 412 or await _code(reply) != _ACTIVATION_FAILED:
+            return reply
+        if await self._deactivated(call, next, key):
+            reply = await next(call)
+            self._learn(key, reply)
+            return reply
+        return self._come_back(reply, b"activating:" + key)
+
+    async def _deactivated(self, call: Call, next: Handler, key: bytes) -> bool:  # noqa: A002
+        node_id = self._table.get(key)
+        if node_id is None:
+            return False
+        try:
+            reply = await next(_beside(call, Method.DEACTIVATE_NODE, encode_uint(1, node_id)))
+        except Refusal:
+            return False
+        reply.payload.close()
+        if reply.status == 200:
+            log.info("node was still online, deactivated", node_id=node_id, request_id=call.request_id)
+        return reply.status == 200
+
+    def _come_back(self, reply: Reply, attempt: bytes) -> Reply:
+        age = self._age(attempt)
+        if age is None:
+            self._remember(attempt)
+        elif age > _ONLINE_SECONDS:
+            return reply  # it is not that; the node shall say so and exit
+        raise Refusal(Reason.UPSTREAM_DOWN, "not activated; perhaps still ONLINE", by="repair")
+
+    def _learn(self, key: bytes, reply: Reply) -> None:
+        node_id = uint(reply.payload.data or b"", 1)
+        if reply.status == 200 and key and node_id:
+            self._table.put(key, node_id)
+
+    # -- memory -------------------------------------------------------------------------------------
+
+    def _remember(self, what: bytes) -> None:
+        self._table.put(what, int(self._now() * 1000))
+
+    def _age(self, what: bytes) -> float | None:
+        """Return the seconds since `what` was remembered; None if it was not, or long ago."""
+        then = self._table.get(what)
+        if then is None:
+            return None
+        age = self._now() - then / 1000
+        return age if age <= _MEMORY_SECONDS else None
+
+
+def _is_ambiguous(refusal: Refusal) -> bool:
+    return refusal.sent and refusal.reason in _AMBIGUOUS
+
+
+def _beside(call: Call, method: Method, request: bytes) -> Call:
+    """Make another call of the same node, with the same proof."""
+    return Call(
+        method,
+        call.wire,
+        call.metadata,
+        Payload(request),
+        peer=call.peer,
+        request_id=call.request_id,
+        started=call.started,
+        deadline=call.deadline,
+    )
+
+
+def _bytes_field(data: bytes, number: int) -> bytes:
+    try:
+        return next((v for n, v in fields(data) if n == number and isinstance(v, bytes)), b"")
+    except TruncatedError:
+        return b""
+
+
+async def _code(reply: Reply) -> int | None:
+    """Return the code in a SuperLink's JSON error; the reply can still be passed on."""
+    try:
+        error = json.loads(await reply.payload.read(_ERROR_BYTES))
+    except ValueError:
+        return None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else None

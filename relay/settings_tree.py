@@ -1,0 +1,283 @@
+"""The sections of the settings and their defaults: one frozen tree.
+
+What stands below a key is its documentation: `docs/configuration.md` is made from it.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from relay.call import Wire
+from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile
+from relay.settings_types import (
+    Address,
+    BaseUrl,
+    Bytes,
+    Doc,
+    Flag,
+    HostPort,
+    Network,
+    Rate,
+    Seconds,
+    SecondsOrZero,
+    Share,
+    Url,
+    below,
+)
+
+CARRIES: Final[Mapping[Wire, tuple[Wire, ...]]] = {
+    Wire.HTTP_V1: (Wire.HTTP_V1,),
+    Wire.REST_V0: (Wire.REST_V0,),
+}
+"""For each wire that a SuperLink speaks, the wires of nodes whose calls can be carried to it."""
+
+_T = TypeVar("_T")
+
+_MOST_WORKERS_BY_DEFAULT = 4
+
+
+def _usable_cores() -> int:
+    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS_BY_DEFAULT)
+
+
+def _some(entries: tuple[_T, ...]) -> tuple[_T, ...]:
+    # Not Field(min_length=1): that counts the valid entries alone, and so complains twice about a wrong one.
+    if not entries:
+        raise ValueError("must have at least one entry")
+    return entries
+
+
+def _each_once(wires: tuple[Wire, ...]) -> tuple[Wire, ...]:
+    if len(set(wires)) < len(wires):
+        raise ValueError("must name each wire once")
+    return wires
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_all_defaults(cls, value: object) -> object:
+        """A section whose every key is commented out is null in YAML."""
+        return {} if value is None else value
+
+
+def _as_text(version: object) -> object:
+    """`minimum_version: 1.2` is a number in YAML."""
+    return str(version) if isinstance(version, float) else version
+
+
+class Tls(_Section):
+    """How a port is encrypted. Without this section, it is not."""
+
+    certificate: CertificateFile
+    """PEM file of the relay's certificate, followed by those of the authorities between it and the one that
+    nodes trust. It must be made for the name that nodes connect to."""
+
+    key: KeyFile
+    """PEM file of the private key of that certificate, not encrypted."""
+
+    minimum_version: Annotated[Literal["1.2", "1.3"], BeforeValidator(_as_text)] = "1.2"
+    """Oldest version of TLS that is spoken."""
+
+
+class Listener(_Section):
+    """One port that SuperNodes connect to."""
+
+    address: Address = HostPort("0.0.0.0", 8080)  # noqa: S104 - nodes come from other hosts
+    """Address to listen on. `:8080` is every IPv4 interface, `[::]:8080` every IPv6 one; port 0 is any free
+    port."""
+
+    wires: Annotated[
+        tuple[Wire, ...],
+        AfterValidator(_some),
+        AfterValidator(_each_once),
+        Doc("list of `http_v1`, `rest_v0`", default="every wire that `upstream.wire` carries"),
+    ] = ()
+    """Wires (generations of Flower's Fleet API) served on this port: `http_v1` is spoken by nodes of flwr
+    1.40 and newer, `rest_v0` by nodes of flwr 1.23 to 1.32 started with `--rest`."""
+
+    trusted_proxies: Annotated[tuple[Network, ...], Doc("list of networks")] = ()
+    """Networks of the proxies in front of the relay. `Forwarded` and `X-Forwarded-*` are believed from these
+    alone; from any other peer they are ignored."""
+
+    keepalive: Seconds = 75.0
+    """Idle time after which a node's connection is closed. Keep it longer than that of a load balancer in
+    front, so that the balancer never sends a call into a connection that is closing."""
+
+    tls: Tls | None = None
+
+
+class Upstream(_Section):
+    """The SuperLink, and how calls travel to it."""
+
+    url: Url = BaseUrl("http", "127.0.0.1", 8000)
+    """Where the SuperLink listens: `http` or `https`, host and port (80 or 443 when left out), no path."""
+
+    wire: Annotated[Wire, Doc("`http_v1` or `rest_v0`", lambda wire: wire.value)] = Wire.HTTP_V1
+    """Wire that the SuperLink speaks: `http_v1` for flwr 1.40 and newer, `rest_v0` for flwr 1.23 to 1.32 that
+    was started with `--fleet-api-type rest`."""
+
+    ca_file: Annotated[CaFile | None, Doc("path")] = None
+    """PEM file of the certificate authorities that an `https` SuperLink is checked against, relative to the
+    working directory; without one, the system's authorities are used."""
+
+    connect_timeout: Seconds = 3.0
+    """How long opening a connection to the SuperLink may take, the TLS handshake included."""
+
+    response_timeout: Annotated[Seconds, below(30, "an HTTP v1 node gives up on a call after 30 s")] = 25.0
+    """How long the SuperLink may take to begin its answer once it has the call. Below 30 s, when a node gives
+    up."""
+
+    heartbeat_timeout: Annotated[Seconds, below(5, "a node gives up on a heartbeat after 5 s")] = 4.0
+    """How long the SuperLink may take to answer a heartbeat. Below 5 s, when a node gives up on one."""
+
+    idle_timeout: Seconds = 25.0
+    """Longest pause between two pieces of a body, from the node or from the SuperLink, before the call is
+    ended."""
+
+    keepalive: Annotated[Seconds, below(5, "the SuperLink closes an idle connection after 5 s")] = 4.0
+    """Idle time after which a connection to the SuperLink is closed. Below 5 s, when the SuperLink closes it:
+    a call sent at that moment would be lost."""
+
+    max_connections: Annotated[int, Field(strict=True, ge=1), Doc("whole number")] = 256
+    """Most connections that one worker opens to the SuperLink."""
+
+    queue_timeout: Seconds = 2.0
+    """How long a call waits for a free connection to the SuperLink before the node is told to come back
+    later."""
+
+
+class Limits(_Section):
+    """What a call may cost."""
+
+    max_body: Annotated[Bytes, Field(ge=1)] = 4 << 30
+    """Largest body of a call or of its answer, in bytes or with a unit (`KiB`, `MiB`, `GiB`, `TiB`). It must
+    hold the largest object of a run: one array of a model and about 300 bytes."""
+
+
+class Retry(_Section):
+    """Repeats of calls that failed on their way to the SuperLink. What is repeated is decided for each Fleet
+    method: `pull-messages` and `push-object` only if they cannot have reached the SuperLink."""
+
+    enabled: Flag = True
+    """Whether calls are repeated at all."""
+
+    base: Seconds = 0.1
+    """Longest wait before the first repeat, doubled for each further one. The wait is a random part of it, so
+    that calls that failed together do not come back together."""
+
+    cap: Seconds = 5.0
+    """Longest wait before any repeat, at least `retry.base`."""
+
+    budget: Share = 0.2
+    """Repeats as a share of calls: 0.2 is one for every five. It keeps an outage from being answered with a
+    multiple of the normal load."""
+
+    floor: Rate = 10.0
+    """Repeats per second that a worker may make whatever the budget says."""
+
+
+class Repair(_Section):
+    """What the relay mends, so that it costs no message and no node."""
+
+    lost_answers: Flag = True
+    """Mend `register-node` and `push-object` when the SuperLink's answer was lost: it has done what was
+    asked, and would refuse the repeat."""
+
+    reactivate: Flag = True
+    """Let a node back in that crashed and returns while the SuperLink still holds it ONLINE: it is
+    deactivated first, with its own fresh proof. Otherwise it is refused, and exits."""
+
+
+class Admin(_Section):
+    """The port of health checks and metrics. It is not for nodes."""
+
+    address: Address = HostPort("127.0.0.1", 9100)
+    """Address to listen on. Set `:9100` when the checks or Prometheus come from other hosts, and keep nodes
+    away from it with a firewall."""
+
+
+class Drain(_Section):
+    """How the relay stops."""
+
+    delay: SecondsOrZero = 0.0
+    """How long the relay still accepts connections after it was told to stop and reports that it is not
+    ready: the time that a balancer needs to notice (Kubernetes: to take the pod out of the endpoints)."""
+
+    timeout: Seconds = 120.0
+    """How long calls in flight may go on once `drain.delay` is over. Whoever stops the relay must wait longer
+    than both together before killing it (Kubernetes: `terminationGracePeriodSeconds`)."""
+
+    idle_grace: Seconds = 5.0
+    """Idle time after which a node's connection is closed during a drain. Longer than the 3 s between two
+    polls of a node, and shorter than `drain.timeout`. A proxy in front must close its own idle connections to
+    the relay sooner than this, or it may send a call into one that is closing."""
+
+
+class Log(_Section):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is written."""
+
+    format: Literal["json", "console", "auto"] = "auto"
+    """`json` is one object a line, `console` is for people, `auto` is `console` on a terminal and `json`
+    elsewhere."""
+
+
+class Settings(_Section):
+    """The whole tree."""
+
+    workers: Annotated[
+        int,
+        Field(strict=True, ge=1, le=256),
+        Doc("whole number, 1 to 256", default=f"usable cores, at most {_MOST_WORKERS_BY_DEFAULT}"),
+    ] = Field(default_factory=_usable_cores)
+    """Processes that serve calls. One keeps one core busy; more of them than there are cores is waste."""
+
+    mode: Literal["normal", "maintenance", "pass_through"] = "normal"
+    """In `maintenance` the relay answers every call itself, in the way its node survives, and nothing reaches
+    the SuperLink. `pass_through` is for emergencies: no policy but counting and logging stands between nodes
+    and SuperLink, and its answers pass as they are, even those that end nodes. A reload changes it."""
+
+    pid_file: Annotated[PidFile | None, Doc("path")] = None
+    """File that the master writes its process id to, for `flwr-relay reload`, in a directory that exists and
+    can be written to."""
+
+    upstream: Upstream = Upstream()
+    # After `upstream`: what a listener serves by default depends on it.
+    listeners: Annotated[tuple[Listener, ...], AfterValidator(_some), Field(validate_default=True)] = (
+        Listener(),
+    )
+    limits: Limits = Limits()
+    retry: Retry = Retry()
+    repair: Repair = Repair()
+    admin: Admin = Admin()
+    drain: Drain = Drain()
+    log: Log = Log()
+
+    @field_validator("listeners")
+    @classmethod
+    def _serve_what_is_carried(
+        cls, listeners: tuple[Listener, ...], info: ValidationInfo
+    ) -> tuple[Listener, ...]:
+        upstream: Upstream | None = info.data.get("upstream")  # None: refused, and that is reported already
+        if upstream is None:
+            return listeners
+        carried = {"wires": CARRIES[upstream.wire]}
+        return tuple(
+            listener if listener.wires else listener.model_copy(update=carried) for listener in listeners
+        )

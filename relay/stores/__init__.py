@@ -1,0 +1,1 @@
+"""State that outlives a call: in memory that the workers of a host share."""

@@ -1,0 +1,97 @@
+"""As much of protobuf's wire format as a relay needs to read ids and to write an id.
+
+Encoding: https://protobuf.dev/programming-guides/encoding
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+class TruncatedError(Exception):
+    """The bytes end, or stop being protobuf, in the middle of a field."""
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of the varint and length-delimited fields, in their order.
+
+    Raises:
+        TruncatedError: in the middle of a field; what was yielded before stands.
+    """
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = _varint(data, at)
+        number, wire_type = tag >> 3, tag & 7
+        if not number:
+            raise TruncatedError
+        if wire_type == _VARINT:
+            value, at = _varint(data, at)
+            yield number, value
+        elif wire_type == _LENGTH:
+            size, at = _varint(data, at)
+            if at + size > end:
+                raise TruncatedError
+            yield number, data[at : at + size]
+            at += size
+        elif wire_type in (_FIXED64, _FIXED32):
+            at += 8 if wire_type == _FIXED64 else 4
+            if at > end:
+                raise TruncatedError
+        else:
+            raise TruncatedError  # groups: no Flower message has one
+
+
+def well_formed(data: bytes) -> bool:
+    """Return whether `data` has the structure of a message, whatever its type; b"" has."""
+    try:
+        for _ in fields(data):
+            pass
+    except TruncatedError:
+        return False
+    return True
+
+
+def uint(data: bytes, number: int) -> int | None:
+    """Return the varint field `number`, None if it is absent or the bytes break off before it."""
+    try:
+        return next((v for n, v in fields(data) if n == number and isinstance(v, int)), None)
+    except TruncatedError:
+        return None
+
+
+def encode_uint(number: int, value: int) -> bytes:
+    """Return the varint field `number` with `value`, 0 <= value < 2**64."""
+    return _encode_varint(number << 3 | _VARINT) + _encode_varint(value)
+
+
+def encode_bytes(number: int, value: bytes) -> bytes:
+    """Return the length-delimited field `number` with `value`: a string, bytes or a message."""
+    return _encode_varint(number << 3 | _LENGTH) + _encode_varint(len(value)) + value
+
+
+def _encode_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        if at >= len(data):
+            raise TruncatedError
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, at
+        shift += 7
+    raise TruncatedError

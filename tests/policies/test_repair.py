@@ -1,0 +1,312 @@
+"""A lost answer costs neither a message nor a node, and what the SuperLink really refuses stays refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    RegisterNodeFleetRequest,
+    RegisterNodeFleetResponse,
+)
+from flwr.proto.message_pb2 import (
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.proto.node_pb2 import Node
+
+from relay.call import Call, Payload, Reply, Source
+from relay.fleet import Method
+from relay.policies.repair import Repair
+from relay.refusal import Reason, Refusal
+from relay.stores.host import HostTable
+
+MakeCall = Callable[..., Call]
+Step = Refusal | Reply
+
+KEY = b"-----BEGIN PUBLIC KEY-----\n" + b"A" * 180 + b"\n-----END PUBLIC KEY-----\n"
+REGISTER = RegisterNodeFleetRequest(public_key=KEY).SerializeToString()
+ACTIVATE = ActivateNodeRequest(public_key=KEY, heartbeat_interval=30).SerializeToString()
+PUSH = PushObjectRequest(
+    node=Node(node_id=7), run_id=9, object_id="ab" * 32, object_content=b"c" * 300, session_id="s"
+).SerializeToString()
+
+
+def ok(data: bytes = b"") -> Reply:
+    return Reply(Payload(data), Source.UPSTREAM)
+
+
+def error(status: int, code: int) -> Reply:
+    body = json.dumps({"code": code, "detail": "no"}).encode()
+    return Reply(Payload(body), Source.UPSTREAM, status=status)
+
+
+def lost() -> Refusal:
+    return Refusal(Reason.UPSTREAM_DOWN, "closed the connection")
+
+
+class SuperLink:
+    """Answers as scripted, and keeps what it was asked."""
+
+    def __init__(self, *steps: Step) -> None:
+        self.steps = list(steps)
+        self.asked: list[Call] = []
+
+    async def __call__(self, call: Call) -> Reply:
+        self.asked.append(call)
+        step = self.steps.pop(0)
+        if isinstance(step, Refusal):
+            raise step
+        return step
+
+    @property
+    def methods(self) -> list[Method]:
+        return [call.method for call in self.asked]
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def table() -> HostTable:
+    return HostTable(64)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def repair(table: HostTable, clock: Clock) -> Repair:
+    return Repair(lost_answers=True, reactivate=True, table=table, now=clock)
+
+
+# -- register-node ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "second",
+    [error(412, 23), Refusal(Reason.UPSTREAM_BAD_ANSWER, status=500)],
+    ids=["HTTP v1: code 23", "REST: 500"],
+)
+async def test_a_registration_that_had_arrived_is_a_success(
+    make_call: MakeCall, repair: Repair, second: Step
+) -> None:
+    superlink = SuperLink(lost(), second)
+    reply = await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
+    assert (reply.status, reply.source) == (200, Source.LOCAL)
+    RegisterNodeFleetResponse.FromString(await reply.payload.read(100))
+    assert superlink.methods == [Method.REGISTER_NODE] * 2
+
+
+async def test_a_registration_that_had_not_arrived_is_made(make_call: MakeCall, repair: Repair) -> None:
+    answer = ok(RegisterNodeFleetResponse(node_id=5).SerializeToString())
+    reply = await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(lost(), answer))
+    assert reply is answer
+
+
+async def test_the_nodes_own_repeat_is_recognised_too(make_call: MakeCall, repair: Repair) -> None:
+    with pytest.raises(Refusal):
+        await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(lost(), lost()))
+    reply = await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(error(412, 23)))
+    assert reply.status == 200
+
+
+@pytest.mark.parametrize("answer", [error(412, 23), error(412, 2004), error(401, 1)])
+async def test_a_key_in_use_without_an_attempt_of_ours_stays_a_refusal(
+    make_call: MakeCall, repair: Repair, answer: Reply
+) -> None:
+    superlink = SuperLink(answer)
+    reply = await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
+    assert reply is answer
+    assert await reply.payload.read(1000)
+    assert len(superlink.asked) == 1
+
+
+async def test_another_key_is_not_taken_for_the_one_that_was_lost(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    with pytest.raises(Refusal):
+        await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(lost(), lost()))
+    other = RegisterNodeFleetRequest(public_key=KEY.replace(b"A", b"B")).SerializeToString()
+    reply = await repair.handle(make_call(Method.REGISTER_NODE, other), SuperLink(error(412, 23)))
+    assert reply.status == 412
+
+
+async def test_an_attempt_is_forgotten_after_ten_minutes(
+    make_call: MakeCall, repair: Repair, clock: Clock
+) -> None:
+    with pytest.raises(Refusal):
+        await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(lost(), lost()))
+    clock.now += 601
+    reply = await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(error(412, 23)))
+    assert reply.status == 412
+
+
+async def test_a_registration_that_never_left_is_not_taken_for_an_attempt(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    unsent = Refusal(Reason.UPSTREAM_DOWN, sent=False)
+    superlink = SuperLink(unsent)
+    with pytest.raises(Refusal):
+        await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
+    reply = await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(error(412, 23)))
+    assert (reply.status, len(superlink.asked)) == (412, 1)
+
+
+# -- push-object ------------------------------------------------------------------------------------
+
+STORED = PushObjectResponse(stored=True).SerializeToString()
+NOT_STORED = PushObjectResponse(stored=False).SerializeToString()
+AVAILABLE = PullObjectResponse(
+    object_found=True, object_available=True, object_content=b"c" * 300
+).SerializeToString()
+EMPTY = PullObjectResponse(object_found=True, object_available=False).SerializeToString()
+UNKNOWN = PullObjectResponse(object_found=False).SerializeToString()
+
+
+def stored(reply: Reply) -> bool:
+    assert reply.status == 200
+    return bool(PushObjectResponse.FromString(reply.payload.data or b"").stored)
+
+
+async def test_not_stored_is_stored_when_the_object_can_be_pulled(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    superlink = SuperLink(ok(NOT_STORED), ok(AVAILABLE))
+    call = make_call(Method.PUSH_OBJECT, PUSH, metadata=[(b"flwr-signature", b"proof")])
+    assert stored(await repair.handle(call, superlink))
+    question = superlink.asked[1]
+    assert question.method is Method.PULL_OBJECT
+    assert question.metadata == call.metadata
+    asked = PullObjectRequest.FromString(question.payload.data or b"")
+    assert asked == PullObjectRequest(node=Node(node_id=7), run_id=9, object_id="ab" * 32)
+
+
+@pytest.mark.parametrize("answer", [ok(EMPTY), ok(UNKNOWN), error(403, 2007), lost()])
+async def test_not_stored_stays_so_when_the_object_is_not_there(
+    make_call: MakeCall, repair: Repair, answer: Step
+) -> None:
+    assert not stored(
+        await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), SuperLink(ok(NOT_STORED), answer))
+    )
+
+
+async def test_a_lost_answer_to_a_push_is_told_from_what_the_superlink_holds(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    superlink = SuperLink(lost(), ok(AVAILABLE))
+    assert stored(await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), superlink))
+    assert superlink.methods == [Method.PUSH_OBJECT, Method.PULL_OBJECT]
+
+
+async def test_a_push_that_had_not_arrived_is_sent_again_if_it_still_can(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    superlink = SuperLink(lost(), ok(EMPTY), ok(STORED))
+    assert stored(await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), superlink))
+    assert superlink.methods == [Method.PUSH_OBJECT, Method.PULL_OBJECT, Method.PUSH_OBJECT]
+
+
+class Arriving:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    async def read(self) -> bytes:
+        piece, self.data = self.data, b""
+        return piece
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_long_push_that_had_not_arrived_is_the_nodes_to_repeat(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    payload = Payload(body=Arriving(PUSH), size=len(PUSH))
+    refusal = lost()
+    with pytest.raises(Refusal) as caught:
+        await repair.handle(make_call(Method.PUSH_OBJECT, payload), SuperLink(refusal, ok(EMPTY)))
+    assert caught.value is refusal
+
+
+async def test_a_stored_push_costs_nothing_more(make_call: MakeCall, repair: Repair) -> None:
+    superlink = SuperLink(ok(STORED))
+    assert stored(await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), superlink))
+    assert len(superlink.asked) == 1
+
+
+# -- activate-node ----------------------------------------------------------------------------------
+
+ACTIVATED = ActivateNodeResponse(node_id=77).SerializeToString()
+
+
+async def test_a_node_that_came_back_is_deactivated_with_its_own_proof_and_let_in(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    await repair.handle(make_call(Method.ACTIVATE_NODE, ACTIVATE), SuperLink(ok(ACTIVATED)))
+    again = ok(ACTIVATED)
+    superlink = SuperLink(error(412, 2004), ok(), again)
+    call = make_call(Method.ACTIVATE_NODE, ACTIVATE, metadata=[(b"flwr-signature", b"fresh")])
+    assert await repair.handle(call, superlink) is again
+    deactivation = superlink.asked[1]
+    assert deactivation.method is Method.DEACTIVATE_NODE
+    assert deactivation.metadata == call.metadata
+    assert DeactivateNodeRequest.FromString(deactivation.payload.data or b"").node_id == 77
+
+
+async def test_a_node_that_nobody_here_knows_is_told_to_come_back_while_it_may_be_online(
+    make_call: MakeCall, repair: Repair, clock: Clock
+) -> None:
+    for seconds in (0, 20, 54):
+        clock.now = 1000.0 + seconds
+        with pytest.raises(Refusal) as caught:
+            await repair.handle(make_call(Method.ACTIVATE_NODE, ACTIVATE), SuperLink(error(412, 2004)))
+        assert caught.value.reason is Reason.UPSTREAM_DOWN
+    clock.now = 1080.0
+    reply = await repair.handle(make_call(Method.ACTIVATE_NODE, ACTIVATE), SuperLink(error(412, 2004)))
+    assert reply.status == 412
+
+
+async def test_a_deactivation_that_fails_leaves_the_node_to_come_back(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    await repair.handle(make_call(Method.ACTIVATE_NODE, ACTIVATE), SuperLink(ok(ACTIVATED)))
+    with pytest.raises(Refusal):
+        await repair.handle(
+            make_call(Method.ACTIVATE_NODE, ACTIVATE),
+            SuperLink(error(412, 2004), Refusal(Reason.UPSTREAM_BAD_ANSWER, status=412)),
+        )
+
+
+@pytest.mark.parametrize("answer", [error(401, 1), error(412, 23), error(400, 2010)])
+async def test_another_no_to_an_activation_is_passed_on(
+    make_call: MakeCall, repair: Repair, answer: Reply
+) -> None:
+    assert await repair.handle(make_call(Method.ACTIVATE_NODE, ACTIVATE), SuperLink(answer)) is answer
+
+
+# -- switches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost_answers", [True, False])
+@pytest.mark.parametrize("reactivate", [True, False])
+def test_each_part_can_be_switched_off(table: HostTable, lost_answers: bool, reactivate: bool) -> None:
+    repair = Repair(lost_answers=lost_answers, reactivate=reactivate, table=table)
+    expected = set()
+    if lost_answers:
+        expected |= {Method.REGISTER_NODE, Method.PUSH_OBJECT}
+    if reactivate:
+        expected |= {Method.ACTIVATE_NODE}
+    assert {method for method in Method if repair.applies(method)} == expected

@@ -1,0 +1,65 @@
+"""Protobuf's wire format, against the real library."""
+
+from __future__ import annotations
+
+import pytest
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PullMessagesResponse
+from flwr.proto.message_pb2 import Message, PullObjectRequest
+from flwr.proto.node_pb2 import Node
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.wireformat import TruncatedError, encode_bytes, encode_uint, fields, uint, well_formed
+
+UINT64 = st.integers(min_value=0, max_value=2**64 - 1)
+
+
+@given(node=UINT64, run=UINT64, object_id=st.text(alphabet="0123456789abcdef", max_size=64))
+def test_what_is_encoded_is_what_the_library_reads(node: int, run: int, object_id: str) -> None:
+    data = encode_bytes(1, encode_uint(1, node)) + encode_uint(2, run) + encode_bytes(3, object_id.encode())
+    message = PullObjectRequest.FromString(data)
+    assert message == PullObjectRequest(node=Node(node_id=node), run_id=run, object_id=object_id)
+
+
+@given(UINT64.filter(bool))
+def test_a_number_that_the_library_wrote_is_read(node_id: int) -> None:
+    assert uint(DeactivateNodeRequest(node_id=node_id).SerializeToString(), 1) == node_id
+
+
+@pytest.mark.parametrize("data", [b"", b"\x12\x00", b"\x08"], ids=["empty", "another field", "cut"])
+def test_a_number_that_is_not_there_is_none(data: bytes) -> None:
+    assert uint(data, 1) is None
+
+
+@given(st.text(max_size=40))
+def test_every_message_of_the_library_is_well_formed(text: str) -> None:
+    message = PullMessagesResponse(messages_list=[Message()])
+    message.messages_list[0].metadata.message_id = text
+    message.messages_list[0].metadata.ttl = 1.5
+    assert well_formed(message.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<html><body>Bad Gateway</body></html>",
+        b'{"detail": "no"}',
+        b"\x0a\x05abc",
+        b"\x09\x00\x00",
+        b"\x0d\x00",
+        b"\x80" * 11,
+        b"\x00",
+        b"\x0b",
+    ],
+    ids=["html", "json", "cut bytes", "cut fixed64", "cut fixed32", "endless varint", "field 0", "group"],
+)
+def test_what_is_no_message_is_not_well_formed(data: bytes) -> None:
+    assert not well_formed(data)
+    with pytest.raises(TruncatedError):
+        list(fields(data))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_judged_without_an_error(data: bytes) -> None:
+    well_formed(data)
+    uint(data, 1)

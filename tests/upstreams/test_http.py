@@ -1,0 +1,529 @@
+"""A call becomes a request, its answer a reply or a refusal: relay/upstreams/http.py over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.call import Payload, Source
+from relay.fleet import Kind, Method
+from relay.refusal import NodeGone, Reason, Refusal
+from relay.upstreams import http_v1
+from relay.upstreams.http import WHOLE, HttpUpstream, Timeouts, judge
+from tests.sockets import PATIENCE, CutError, chunked, response, until
+from tests.upstreams.conftest import body
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.call import Call, Reply
+    from relay.upstreams.pool import Pool
+    from tests.sockets import Listener, Message, Peer
+
+    MakeCall = Callable[..., Call]
+    MakePool = Callable[..., Pool]
+
+PROTOBUF = b"application/protobuf"
+
+pytestmark = pytest.mark.timeout(20)
+
+
+class Link:
+    """A handler, its pool, and the listener at the other end."""
+
+    def __init__(self, handler: HttpUpstream, listener: Listener) -> None:
+        self.handler = handler
+        self.pool = handler.pool
+        self.listener = listener
+
+    async def asked(self, call: Call) -> tuple[asyncio.Task[Reply], Peer, Message]:
+        """Start the call; return it with the upstream's end and the request that came there."""
+        task = asyncio.ensure_future(self.handler(call))
+        peer = await self.listener.accept()
+        return task, peer, await peer.message()
+
+    async def answered(self, call: Call, answer: bytes) -> Reply:
+        task, peer, _ = await self.asked(call)
+        peer.send(answer)
+        return await task
+
+
+@pytest.fixture
+async def link(make_pool: MakePool, upstream: Listener) -> Link:
+    return Link(http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE)), upstream)
+
+
+async def whole(reply: Reply) -> bytes:
+    return b"".join([piece async for piece in reply.payload.stream()])
+
+
+# -- the request ----------------------------------------------------------------------------------------
+
+
+async def test_a_request_is_its_line_the_metadata_as_it_is_and_the_body(
+    link: Link, make_call: MakeCall
+) -> None:
+    metadata = [(b"Flwr-X", b"1"), (b"b", b""), (b"FLWR-X", b"\xff\x80 2")]
+    call = make_call(Method.PULL_MESSAGES, b"\x00\xffbody", metadata=metadata)
+    task, peer, request = await link.asked(call)
+    assert request.start == b"POST /v1/fleet/pull-messages HTTP/1.1"
+    assert request.headers == [
+        (b"host", f"127.0.0.1:{link.listener.port}".encode()),
+        *metadata,
+        (b"content-length", b"6"),
+    ]
+    assert request.body == b"\x00\xffbody"
+    peer.send(response())
+    await task
+
+
+async def test_a_body_without_a_size_is_chunked_and_one_with_a_size_is_not(
+    link: Link, make_call: MakeCall
+) -> None:
+    task, peer, request = await link.asked(make_call(Method.PUSH_OBJECT, body(b"abc", b"defg", b"")))
+    assert request.all(b"transfer-encoding") == [b"chunked"]
+    assert request.all(b"content-length") == []
+    assert request.body == b"abcdefg"
+    peer.send(response())
+    await task
+    task = asyncio.ensure_future(
+        link.handler(make_call(Method.PUSH_OBJECT, body(b"abc", b"de", b"", size=5)))
+    )
+    request = await peer.message()
+    assert request.all(b"transfer-encoding") == []
+    assert request.one(b"content-length") == b"5"
+    assert request.body == b"abcde"
+    peer.send(response())
+    await task
+
+
+async def test_a_body_that_was_peeked_at_is_sent_whole(link: Link, make_call: MakeCall) -> None:
+    payload = body(b"abc", b"def", b"", size=6)
+    assert await payload.peek(4) == b"abcd"
+    task, peer, request = await link.asked(make_call(Method.PUSH_OBJECT, payload))
+    assert request.body == b"abcdef"
+    peer.send(response())
+    await task
+
+
+@pytest.mark.parametrize("method", list(Method))
+async def test_each_method_is_asked_for_at_its_path(link: Link, make_call: MakeCall, method: Method) -> None:
+    task, peer, request = await link.asked(make_call(method))
+    assert request.start == f"POST /v1/fleet/{method.path} HTTP/1.1".encode()
+    peer.send(response(b"\x08\x01"))
+    await task
+
+
+# -- the reply ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, WHOLE - 1, WHOLE])
+async def test_a_small_declared_answer_is_at_hand_when_the_reply_is(
+    link: Link, make_call: MakeCall, size: int
+) -> None:
+    task, peer, _ = await link.asked(make_call(Method.GET_FAB))
+    peer.send(response(b"x" * (size // 2), size=size))
+    await asyncio.sleep(0.02)
+    assert task.done() == (size == 0)
+    peer.send(b"x" * (size - size // 2))
+    reply = await task
+    assert reply.payload.data == b"x" * size
+    assert reply.payload.size == size
+    assert reply.source is Source.UPSTREAM
+    assert link.pool.state()["connections"] == len(link.pool._idle) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [response(b"x" * 100, size=WHOLE + 1), chunked(b"x" * 100, last=b"")],
+    ids=["longer", "chunked"],
+)
+async def test_a_long_or_undeclared_answer_is_passed_on_while_it_comes(
+    link: Link, make_call: MakeCall, answer: bytes
+) -> None:
+    task, peer, _ = await link.asked(make_call(Method.PULL_OBJECT))
+    peer.send(answer)
+    reply = await task
+    assert reply.payload.data is None
+    stream = aiter(reply.payload.stream())
+    assert await anext(stream) == b"x" * 100
+    if reply.payload.size is None:
+        peer.send(b"1\r\ny\r\n0\r\n\r\n")
+        assert await whole(reply) == b"y"
+    else:
+        peer.send(b"y" * (WHOLE - 99))
+        assert await whole(reply) == b"y" * (WHOLE - 99)
+    assert len(link.pool._idle) == 1
+
+
+async def test_an_undeclared_answer_that_is_already_whole_gets_a_size(
+    link: Link, make_call: MakeCall
+) -> None:
+    reply = await link.answered(make_call(Method.GET_RUN), chunked(b"ab", b"c"))
+    assert reply.payload.data == b"abc"
+    assert reply.payload.size == 3
+
+
+async def test_a_cut_in_a_small_answer_is_a_refusal_and_in_a_long_one_breaks_the_stream(
+    link: Link, make_call: MakeCall
+) -> None:
+    task, peer, _ = await link.asked(make_call(Method.GET_FAB))
+    peer.send(response(b"x", size=WHOLE))
+    await asyncio.sleep(0.01)
+    await peer.close()
+    with pytest.raises(Refusal) as caught:
+        await task
+    assert caught.value.reason is Reason.UPSTREAM_DOWN
+    task, peer, _ = await link.asked(make_call(Method.GET_FAB))
+    peer.send(response(b"x", size=WHOLE + 1))
+    reply = await task
+    await peer.close()
+    with pytest.raises(Refusal) as caught:
+        await whole(reply)
+    assert caught.value.reason is Reason.UPSTREAM_DOWN
+    await until(lambda: link.pool.state()["connections"] == 0)
+
+
+async def test_end_to_end_headers_come_back_as_they_were(link: Link, make_call: MakeCall) -> None:
+    more = b"X-A: 1\r\nflwr-b: \xe9\r\nx-a: 2\r\nDate: today\r\nserver: uvicorn\r\n"
+    reply = await link.answered(make_call(Method.GET_RUN), response(b"", more=more))
+    assert reply.metadata == [
+        (b"Content-Type", PROTOBUF),
+        (b"X-A", b"1"),
+        (b"flwr-b", b"\xe9"),
+        (b"x-a", b"2"),
+        (b"Date", b"today"),
+        (b"server", b"uvicorn"),
+    ]
+
+
+async def test_headers_of_this_hop_stay_here(link: Link, make_call: MakeCall) -> None:
+    more = (
+        b"Connection: keep-alive, X-Hop\r\nKeep-Alive: timeout=5\r\nx-hop: 1\r\nProxy-Connection: x\r\n"
+        b"TE: trailers\r\nTrailer: x\r\nUpgrade: h2c\r\nProxy-Authenticate: Basic\r\nX-Request-Id: theirs\r\n"
+        b"X-Hop2: 1\r\nconnection: x-hop2\r\nX-Stays: 1\r\n"
+    )
+    reply = await link.answered(make_call(Method.GET_RUN), response(b"", more=more))
+    assert reply.metadata == [(b"Content-Type", PROTOBUF), (b"X-Stays", b"1")]
+
+
+# -- what may reach a node ------------------------------------------------------------------------------
+
+GROUPS = {
+    Kind.JOIN: "join",
+    Kind.LEAVE: "leave",
+    Kind.HEARTBEAT: "heartbeat",
+    Kind.PULL: "pull",
+    Kind.FETCH: "object",
+    Kind.PUSH: "object",
+    Kind.CONFIRM: "object",
+}
+DOWN, OVER, REJECTED, BAD = (
+    Reason.UPSTREAM_DOWN,
+    Reason.OVERLOADED,
+    Reason.UPSTREAM_REJECTED,
+    Reason.UPSTREAM_BAD_ANSWER,
+)
+CLIENT_ERRORS = (400, 402, 404, 405, 408, 409, 410, 413, 415, 418, 422, 431, 451, 499)
+#: What becomes of each status, per group of methods, behind a SuperLink of HTTP v1: None is passed on.
+V1 = {
+    200: {"join": None, "leave": None, "heartbeat": None, "pull": None, "object": None},
+    401: {"join": None, "leave": None, "heartbeat": None, "pull": None, "object": None},
+    403: {"join": BAD, "leave": None, "heartbeat": BAD, "pull": None, "object": None},
+    412: {"join": None, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED},
+    429: dict.fromkeys(GROUPS.values(), OVER),
+    502: dict.fromkeys(GROUPS.values(), DOWN),
+    503: dict.fromkeys(GROUPS.values(), DOWN),
+    504: dict.fromkeys(GROUPS.values(), DOWN),
+    **{
+        status: {"join": BAD, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED}
+        for status in (
+            400,
+            402,
+            404,
+            405,
+            408,
+            409,
+            410,
+            413,
+            415,
+            418,
+            422,
+            431,
+            451,
+            499,
+            500,
+            501,
+            505,
+            599,
+        )
+    },
+    **{
+        status: dict.fromkeys(GROUPS.values(), BAD)
+        for status in (201, 202, 204, 206, 299, 301, 302, 304, 307, 308)
+    },
+}
+#: Behind a SuperLink of REST v0 no status but 200 is passed on.
+V0 = V1 | {
+    401: {"join": BAD, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED},
+    403: {"join": BAD, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED},
+    412: {"join": BAD, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED},
+}
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize(("passes", "table"), [(http_v1.PASSES, V1), ({}, V0)], ids=["http_v1", "rest_v0"])
+def test_each_status_has_one_meaning_per_kind_of_method(
+    method: Method, passes: dict[int, set[Kind]], table: dict[int, dict[str, Reason | None]]
+) -> None:
+    frozen = {status: frozenset(kinds) for status, kinds in passes.items()}
+    for status, row in table.items():
+        assert judge(method, status, PROTOBUF, frozen) is row[GROUPS[method.kind]], status
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        PROTOBUF,
+        b"Application/Protobuf",
+        b"application/protobuf; charset=utf-8",
+        b" application/protobuf ;x=y",
+    ],
+)
+def test_a_protobuf_type_is_known_in_any_spelling(content_type: bytes) -> None:
+    assert judge(Method.PULL_MESSAGES, 200, content_type, {}) is None
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        b"",
+        b"text/html",
+        b"application/json",
+        b"application/protobuf2",
+        b"application/x-protobuf",
+        b"; application/protobuf",
+    ],
+)
+@pytest.mark.parametrize("method", list(Method))
+def test_an_error_page_with_status_200_is_a_bad_answer(method: Method, content_type: bytes) -> None:
+    assert judge(method, 200, content_type, {}) is Reason.UPSTREAM_BAD_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (response(b"<html>secret", content_type=b"text/html"), Reason.UPSTREAM_BAD_ANSWER),
+        (response(b"secret", status=b"500 Oops"), Reason.UPSTREAM_BAD_ANSWER),
+        (response(b"secret", status=b"429 Slow"), Reason.OVERLOADED),
+        (response(b"secret", status=b"504 Down"), Reason.UPSTREAM_DOWN),
+    ],
+)
+async def test_a_judged_answer_is_a_refusal_that_says_what_it_was_but_not_its_body(
+    link: Link, make_call: MakeCall, answer: bytes, reason: Reason
+) -> None:
+    with pytest.raises(Refusal) as caught:
+        await link.answered(make_call(Method.PULL_MESSAGES), answer)
+    assert caught.value.reason is reason
+    assert caught.value.status == int(answer[9:12])
+    assert answer[9:12].decode() in caught.value.detail
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_refused_answer_that_is_whole_leaves_the_connection_in_use(
+    link: Link, make_call: MakeCall
+) -> None:
+    with pytest.raises(Refusal) as caught:
+        await link.answered(make_call(Method.PULL_MESSAGES), response(b"secret", status=b"503 Down"))
+    assert caught.value.status == 503
+    assert len(link.pool._idle) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        response(b"x", size=WHOLE + 1, status=b"500 Oops"),
+        chunked(b"x", last=b"").replace(b"200 OK", b"503 Down"),
+        b"HTTP/1.1 404 Not Found\r\n\r\n<html>",
+    ],
+    ids=["long", "chunked", "unframed"],
+)
+async def test_a_refused_answer_that_goes_on_is_not_waited_for(
+    link: Link, make_call: MakeCall, answer: bytes
+) -> None:
+    with pytest.raises(Refusal):
+        await link.answered(make_call(Method.PULL_MESSAGES), answer)
+    await until(lambda: link.pool.state()["connections"] == 0)
+
+
+async def test_statuses_that_mean_something_are_passed_on_with_their_body(
+    link: Link, make_call: MakeCall
+) -> None:
+    reply = await link.answered(
+        make_call(Method.PULL_MESSAGES),
+        response(b'{"code":2007}', status=b"403 Forbidden", content_type=b"application/json"),
+    )
+    assert reply.status == 403
+    assert reply.payload.data == b'{"code":2007}'
+    assert reply.metadata == [(b"Content-Type", b"application/json")]
+
+
+# -- time -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "shortest"), [(Method.SEND_NODE_HEARTBEAT, True), (Method.PULL_MESSAGES, False)]
+)
+async def test_a_heartbeat_has_a_time_of_its_own(
+    make_pool: MakePool, upstream: Listener, make_call: MakeCall, method: Method, shortest: bool
+) -> None:
+    handler = http_v1.upstream(make_pool(), Timeouts(response=0.3, heartbeat=0.05))
+    started = time.monotonic()
+    with pytest.raises(Refusal) as caught:
+        await handler(make_call(method))
+    assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
+    assert caught.value.sent
+    passed = time.monotonic() - started
+    assert (passed < 0.25) is shortest
+    assert passed < 1
+
+
+async def test_a_call_is_given_up_at_its_deadline(link: Link, make_call: MakeCall) -> None:
+    started = time.monotonic()
+    with pytest.raises(Refusal) as caught:
+        await link.handler(make_call(Method.PULL_MESSAGES, deadline=started + 0.1))
+    assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
+    assert 0.08 < time.monotonic() - started < 0.6
+
+
+async def test_a_call_whose_deadline_has_passed_is_not_sent(link: Link, make_call: MakeCall) -> None:
+    """pull-messages would hand a message out to nobody."""
+    with pytest.raises(Refusal) as caught:
+        await link.handler(make_call(Method.PULL_MESSAGES, deadline=time.monotonic() - 0.001))
+    assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
+    assert not caught.value.sent
+    peer = await link.listener.accept()
+    assert await peer.is_silent(0.02)
+    serving = asyncio.ensure_future(peer.message())
+    task = asyncio.ensure_future(link.handler(make_call(Method.PULL_MESSAGES)))
+    await serving
+    peer.send(response())
+    await task
+    assert len(link.listener.peers) == 1  # and its connection was given back
+
+
+# -- what breaks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [NodeGone(), Refusal(Reason.TOO_LARGE)], ids=["gone", "refusal"])
+async def test_a_node_that_breaks_its_body_off_breaks_the_request_off(
+    link: Link, make_call: MakeCall, error: Exception
+) -> None:
+    task = asyncio.ensure_future(
+        link.handler(make_call(Method.PUSH_OBJECT, body(b"x" * 100, error, size=200)))
+    )
+    peer = await link.listener.accept()
+    with pytest.raises(CutError) as cut:
+        await peer.message()
+    assert cut.value.partial in (b"", b"x" * 100)
+    with pytest.raises(type(error)):
+        await task
+    await until(lambda: link.pool.state()["connections"] == 0)
+
+
+async def test_a_full_pool_is_overload(make_pool: MakePool, upstream: Listener, make_call: MakeCall) -> None:
+    pool = make_pool(max_connections=1, queue_timeout=0.02)
+    handler = http_v1.upstream(pool, Timeouts(PATIENCE, PATIENCE))
+    first = asyncio.ensure_future(handler(make_call(Method.PULL_MESSAGES)))
+    peer = await upstream.accept()
+    await peer.message()
+    with pytest.raises(Refusal) as caught:
+        await handler(make_call(Method.PULL_MESSAGES))
+    assert caught.value.reason is Reason.OVERLOADED
+    peer.send(response())
+    await first
+
+
+async def test_a_reply_that_nobody_reads_costs_its_connection_and_no_more(
+    link: Link, make_call: MakeCall
+) -> None:
+    reply = await link.answered(make_call(Method.PULL_OBJECT), response(b"x", size=WHOLE + 1))
+    reply.payload.close()
+    reply.payload.close()
+    await until(lambda: link.pool.state()["connections"] == 0)
+
+
+async def test_a_reply_read_to_its_end_has_no_hold_on_the_next_exchange(
+    link: Link, make_call: MakeCall
+) -> None:
+    """Closing it again must not end that one, reading it again must not take from it."""
+    task, peer, _ = await link.asked(make_call(Method.PULL_OBJECT))
+    peer.send(chunked(b"mine", last=b""))
+    first = await task
+    peer.send(b"0\r\n\r\n")
+    assert await whole(first) == b"mine"
+    task = asyncio.ensure_future(link.handler(make_call(Method.PULL_OBJECT)))
+    await peer.message()
+    peer.send(chunked(b"other", last=b""))
+    second = await task
+    assert await whole(first) == b""
+    first.payload.close()
+    peer.send(b"0\r\n\r\n")
+    assert await whole(second) == b"other"
+    assert len(link.listener.peers) == 1
+
+
+async def test_calls_cancelled_at_any_step_leave_no_connection_behind(
+    make_pool: MakePool, upstream: Listener, make_call: MakeCall
+) -> None:
+    async def answer(peer: Peer) -> None:
+        with suppress(CutError, ConnectionError):
+            await peer.message()
+            await peer.send_all(response(b"x", size=100))
+            await asyncio.sleep(0.001)
+            await peer.send_all(b"x" * 99)
+
+    serving = asyncio.ensure_future(upstream.play(answer))
+    done = 0
+    for steps in range(300):
+        handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+        call = asyncio.ensure_future(handler(make_call(Method.PUSH_OBJECT, body(b"a", b"b", b""))))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        done += call.done()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        pool = handler.pool
+        await until(lambda pool=pool: pool.state()["connections"] == len(pool._idle))  # type: ignore[misc]
+        await pool.close()
+        if done > 2:
+            break
+    assert done > 2
+    serving.cancel()
+
+
+async def test_many_calls_at_once_get_each_its_own_answer(
+    make_pool: MakePool, upstream: Listener, make_call: MakeCall
+) -> None:
+    handler = http_v1.upstream(make_pool(max_connections=5), Timeouts(PATIENCE, PATIENCE))
+
+    async def echo(peer: Peer) -> None:
+        while True:
+            answer = b"re: " + (await peer.message()).body
+            peer.send(chunked(answer[:4], answer[4:]) if len(answer) % 2 else response(answer))
+
+    serving = asyncio.ensure_future(upstream.play(echo))
+
+    async def one(number: int) -> None:
+        sent = b"call %d " % number * (number % 7 + 1)
+        payload = Payload(sent) if number % 3 else body(sent[:3], sent[3:], b"")
+        reply = await handler(make_call(Method.PUSH_OBJECT, payload))
+        assert await whole(reply) == b"re: " + sent
+
+    await asyncio.gather(*(one(number) for number in range(300)))
+    assert len(upstream.peers) == 5
+    serving.cancel()

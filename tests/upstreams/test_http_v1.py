@@ -1,0 +1,82 @@
+"""A SuperLink of HTTP v1: where it is asked, and which of its statuses reach a node."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.fleet import Method
+from relay.refusal import Reason, Refusal
+from relay.upstreams import http_v1
+from relay.upstreams.http import Timeouts
+from tests.sockets import PATIENCE, response
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.call import Call
+    from relay.upstreams.pool import Pool
+    from tests.sockets import Listener
+
+pytestmark = pytest.mark.timeout(10)
+
+
+@pytest.mark.parametrize(
+    ("method", "status"),
+    [
+        *((method, b"401 Unauthorized") for method in Method),
+        (Method.PULL_MESSAGES, b"403 Forbidden"),
+        (Method.GET_RUN, b"403 Forbidden"),
+        (Method.PUSH_OBJECT, b"403 Forbidden"),
+        (Method.CONFIRM_MESSAGE_RECEIVED, b"403 Forbidden"),
+        (Method.UNREGISTER_NODE, b"403 Forbidden"),
+        (Method.REGISTER_NODE, b"412 Precondition Failed"),
+        (Method.ACTIVATE_NODE, b"412 Precondition Failed"),
+    ],
+)
+async def test_a_status_by_which_the_superlink_means_the_node_reaches_it(
+    make_pool: Callable[..., Pool],
+    upstream: Listener,
+    make_call: Callable[..., Call],
+    method: Method,
+    status: bytes,
+) -> None:
+    handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    task = asyncio.ensure_future(handler(make_call(method)))
+    peer = await upstream.accept()
+    request = await peer.message()
+    assert request.start == f"POST /v1/fleet/{method.path} HTTP/1.1".encode()
+    peer.send(response(b'{"code":1}', status=status, content_type=b"application/json"))
+    reply = await task
+    assert reply.status == int(status[:3])
+    assert reply.payload.data == b'{"code":1}'
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "reason"),
+    [
+        (Method.SEND_NODE_HEARTBEAT, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+        (Method.ACTIVATE_NODE, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+        (Method.PULL_MESSAGES, b"412 Precondition Failed", Reason.UPSTREAM_BAD_ANSWER),
+        (Method.PULL_OBJECT, b"500 Internal Server Error", Reason.UPSTREAM_REJECTED),
+        (Method.PULL_MESSAGES, b"500 Internal Server Error", Reason.UPSTREAM_BAD_ANSWER),
+        (Method.PULL_MESSAGES, b"503 Service Unavailable", Reason.UPSTREAM_DOWN),
+    ],
+)
+async def test_a_status_that_would_only_harm_the_node_does_not_reach_it(
+    make_pool: Callable[..., Pool],
+    upstream: Listener,
+    make_call: Callable[..., Call],
+    method: Method,
+    status: bytes,
+    reason: Reason,
+) -> None:
+    handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    serving = asyncio.ensure_future(upstream.serve(response(b"x", status=status)))
+    with pytest.raises(Refusal) as caught:
+        await handler(make_call(method))
+    assert caught.value.reason is reason
+    assert caught.value.status == int(status[:3])
+    await serving

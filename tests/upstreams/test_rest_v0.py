@@ -1,0 +1,58 @@
+"""A SuperLink of REST v0: where it is asked, and that none of its error statuses reaches a node."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.fleet import Kind, Method
+from relay.refusal import Reason, Refusal
+from relay.upstreams import rest_v0
+from relay.upstreams.http import Timeouts
+from tests.sockets import PATIENCE, response
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.call import Call
+    from relay.upstreams.pool import Pool
+    from tests.sockets import Listener
+
+pytestmark = pytest.mark.timeout(10)
+
+
+@pytest.mark.parametrize("method", list(Method))
+async def test_a_good_answer_reaches_the_node(
+    make_pool: Callable[..., Pool], upstream: Listener, make_call: Callable[..., Call], method: Method
+) -> None:
+    handler = rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    task = asyncio.ensure_future(handler(make_call(method, b"ask")))
+    peer = await upstream.accept()
+    request = await peer.message()
+    assert request.start == f"POST /api/v0/fleet/{method.path} HTTP/1.1".encode()
+    assert request.body == b"ask"
+    peer.send(response(b"\x08\x01"))
+    reply = await task
+    assert (reply.status, reply.payload.data) == (200, b"\x08\x01")
+
+
+@pytest.mark.parametrize(
+    "status", [b"401 Unauthorized", b"403 Forbidden", b"412 Precondition Failed", b"404 Not Found"]
+)
+@pytest.mark.parametrize("method", list(Method))
+async def test_no_other_status_reaches_the_node(
+    make_pool: Callable[..., Pool],
+    upstream: Listener,
+    make_call: Callable[..., Call],
+    method: Method,
+    status: bytes,
+) -> None:
+    handler = rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    serving = asyncio.ensure_future(upstream.serve(response(b"x", status=status)))
+    with pytest.raises(Refusal) as caught:
+        await handler(make_call(method))
+    of_a_message = method.kind in (Kind.FETCH, Kind.PUSH, Kind.CONFIRM)
+    assert caught.value.reason is (Reason.UPSTREAM_REJECTED if of_a_message else Reason.UPSTREAM_BAD_ANSWER)
+    await serving
