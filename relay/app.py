@@ -33,7 +33,7 @@ from relay.wires.http_v1 import HTTP_V1
 from relay.wires.rest_v0 import REST_V0
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from relay.settings import Listener, Settings
 
@@ -51,10 +51,12 @@ class Relay:
     Attributes:
         fronts: one per listener, in the order of the settings.
         pool: connections to the SuperLink.
+        tick: to be called once a second, and at the end.
     """
 
     fronts: tuple[Front, ...]
     pool: Pool
+    tick: Callable[[], None]
 
 
 def build(settings: Settings, table: HostTable) -> Relay:
@@ -70,7 +72,8 @@ def build(settings: Settings, table: HostTable) -> Relay:
     pool = _pool(settings)
     timeouts = Timeouts(settings.upstream.response_timeout, settings.upstream.heartbeat_timeout)
     upstream = UPSTREAMS[settings.upstream.wire](pool, timeouts, judging=settings.mode != "pass_through")
-    chosen = policies(settings, table)
+    counting = Metrics()
+    chosen = policies(settings, table, counting)
     fronts = tuple(
         Front(
             _routes(settings, listener, chosen, upstream),
@@ -84,14 +87,14 @@ def build(settings: Settings, table: HostTable) -> Relay:
         )
         for listener in settings.listeners
     )
-    return Relay(fronts, pool)
+    return Relay(fronts, pool, counting.sample)
 
 
-def policies(settings: Settings, table: HostTable) -> tuple[Policy, ...]:
+def policies(settings: Settings, table: HostTable, counting: Metrics) -> tuple[Policy, ...]:
     """Return the policies that these settings ask for, each with its own section alone, in ORDER."""
     retry, repair = settings.retry, settings.repair
     made: dict[type, Policy] = {
-        Metrics: Metrics(),
+        Metrics: counting,
         AccessLog: AccessLog(debug=settings.log.level == "debug"),
         Maintenance: Maintenance(enabled=settings.mode == "maintenance"),
         Validate: Validate(),
@@ -109,7 +112,7 @@ def policies(settings: Settings, table: HostTable) -> tuple[Policy, ...]:
 
 def chains(settings: Settings) -> Iterator[tuple[Listener, Wire, Method, Chain]]:
     """Yield what `flwr-relay explain` prints: each chain as `build` composes it, but for its upstream."""
-    chosen = policies(settings, HostTable(1))
+    chosen = policies(settings, HostTable(1), Metrics())
     for listener in settings.listeners:
         for wire in listener.wires:
             for method in Method:

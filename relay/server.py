@@ -7,6 +7,7 @@ import shutil
 import socket
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp.http_parser
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("relay.server")
 
+_METRICS = "flwr-relay-metrics-"
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -146,7 +148,8 @@ def serve(read: Callable[[], Settings]) -> None:
             " bugs: install a wheel of aiohttp for this platform"
         )
     application = RelayApplication(read)
-    directory = tempfile.mkdtemp(prefix="flwr-relay-metrics-")
+    _sweep_metrics()
+    directory = tempfile.mkdtemp(prefix=f"{_METRICS}{os.getpid()}-")
     # prometheus_client decides at its first import where numbers live, so it is imported after this.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
     master = os.getpid()
@@ -154,6 +157,14 @@ def serve(read: Callable[[], Settings]) -> None:
         application.run()
     finally:
         if os.getpid() == master:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _sweep_metrics() -> None:
+    """Remove the directories of relays that were killed and could not do it themselves."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_METRICS}*"):
+        owner = directory.name.removeprefix(_METRICS).partition("-")[0]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
             shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
 
+    from relay.app import Relay
     from relay.settings import Listener, Settings
     from relay.shared import Shared
 
@@ -96,10 +97,11 @@ class RelayWorker(Worker):  # type: ignore[misc]
         self.booted = True
         self.shared.serves(self.generation)
         log.info("worker serves", pid=os.getpid(), mode=settings.mode)
-        await self._until_stopped()
+        await self._until_stopped(relay)
         for server in listening:
             server.close()
         await drain(servers, settings.drain.timeout, settings.drain.idle_grace)
+        relay.tick()
         await relay.pool.close()
         await runner.cleanup()
 
@@ -120,10 +122,11 @@ class RelayWorker(Worker):  # type: ignore[misc]
         )
         return listening
 
-    async def _until_stopped(self) -> None:
-        """Tell the master once a second that this worker is alive; return when it was told to stop."""
+    async def _until_stopped(self, relay: Relay) -> None:
+        """Once a second tell the master that this worker is alive; return when it was told to stop."""
         while not self.stop.is_set():
             self.notify()
+            relay.tick()
             if self.ppid != os.getppid():
                 log.warning("the master is gone; stopping", pid=os.getpid())
                 return

@@ -55,7 +55,7 @@ def shared() -> Shared:
 
 @pytest.fixture
 async def client(pool: FakePool, shared: Shared) -> AsyncIterator[TestClient[Any, Any]]:
-    relay = Relay(fronts=(), pool=cast("Pool", pool))
+    relay = Relay(fronts=(), pool=cast("Pool", pool), tick=lambda: None)
     async with TestClient(TestServer(admin.application(relay, shared))) as client:
         yield client
 

@@ -17,7 +17,7 @@ from relay.app import SPECS, UPSTREAMS, build, chains, policies
 from relay.call import Call, Ending, Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.pipeline import compose
-from relay.policies import ORDER, access_log
+from relay.policies import ORDER, Metrics, access_log
 from relay.refusal import Reason, Refusal
 from relay.settings import load
 from relay.stores.host import HostTable
@@ -83,7 +83,7 @@ async def ask(port: int, path: str, body: bytes = b"", *headers: bytes, verb: by
 
 
 def test_the_policies_stand_in_their_order() -> None:
-    assert tuple(type(policy) for policy in policies(settings(), HostTable(64))) == ORDER
+    assert tuple(type(policy) for policy in policies(settings(), HostTable(64), Metrics())) == ORDER
 
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 1), ("info", 0), ("error", 0)])
@@ -93,7 +93,10 @@ async def test_every_call_is_written_down_at_the_level_debug_alone(
     log = CapturingLogger()
     monkeypatch.setattr(access_log, "log", log)
     handler = compose(
-        policies(settings(LOG__LEVEL=level), HostTable(64)), _answering, Method.GET_RUN, buffer_limit=100
+        policies(settings(LOG__LEVEL=level), HostTable(64), Metrics()),
+        _answering,
+        Method.GET_RUN,
+        buffer_limit=100,
     ).handler
     call = make_call(Method.GET_RUN)
     await handler(call)
@@ -107,7 +110,7 @@ async def test_every_call_is_written_down_at_the_level_debug_alone(
 async def test_no_policy_looks_at_more_of_a_call_than_it_declares(
     make_call: MakeCall, method: Method, wire: Wire, fault: Refusal | None
 ) -> None:
-    chosen = policies(settings(LOG__LEVEL="debug"), HostTable(64))
+    chosen = policies(settings(LOG__LEVEL="debug"), HostTable(64), Metrics())
     chain = compose(chosen, _answering, method, buffer_limit=1000, strict=True)
     call = make_call(method, b"\x0a\x02\x08\x07", wire=wire, fault=fault)
     with suppress(Refusal):

@@ -69,14 +69,18 @@ async def run(call: Call, last: Handler = upstream, policy: Metrics | None = Non
 
 async def test_a_call_is_in_flight_until_it_ends(make_call: MakeCall, meter: Meter) -> None:
     call = make_call(Method.PULL_MESSAGES, wire=Wire.REST_V0)
+    policy = Metrics()
 
     async def looking(_: Call) -> Reply:
+        policy.sample()
         assert meter.moved("relay_calls_in_flight", wire="rest_v0") == 1
         return Reply(Payload(), Source.LOCAL)
 
-    await run(call, looking)
+    await run(call, looking, policy)
+    policy.sample()
     assert meter.moved("relay_calls_in_flight", wire="rest_v0") == 1, "its answer is still being written"
     call.end(Ending("ok", seconds=0.1))
+    policy.sample()
     assert meter.moved("relay_calls_in_flight", wire="rest_v0") == 0
     assert meter.moved("relay_calls_in_flight", wire="http_v1") == 0
 
@@ -152,8 +156,11 @@ async def test_bytes_are_counted_as_they_passed_and_not_as_they_were_declared(
 
     call = make_call(Method.PUSH_OBJECT, Payload(body=CutOff(), size=1000))
     await call.payload.peek(1)
-    await run(call)
+    policy = Metrics()
+    await run(call, policy=policy)
     call.end(Ending("node_gone", seconds=0, sent=5))
+    for _ in range(2):  # a second sample must not count them again
+        policy.sample()
     labels = {"method": "PushObject", "wire": "http_v1"}
     assert meter.moved("relay_bytes_total", **labels, direction="in") == 3
     assert meter.moved("relay_bytes_total", **labels, direction="out") == 5
