@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from relay.refusal import Reason, Refusal
+from relay.upstreams.timer import Timer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +33,27 @@ LOW_WATER = 256 * 1024
 MAX_HEAD = 64 * 1024
 _LAST_CHUNK = b"0\r\n\r\n"
 
+# RFC 9110 section 7.6.1, but for `connection`, whose value names more; and the request id, since the node
+# gets the relay's own.
+_NOT_PASSED = frozenset(
+    {
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"upgrade",
+        b"x-request-id",
+    }
+)
+
 
 class Connection(asyncio.Protocol):
     """One connection: `exchange` sends a request; `status`, `headers`, `size`, `read` are the response.
 
     Attributes:
-        status, headers: of the response; `headers` without its framing (content-length, transfer-encoding).
+        status, headers: of the response; `headers` are the end-to-end ones, without framing.
+        content_type: of the response, b"" if it has none.
         size: bytes of the response body, None if the upstream did not say.
         idle_since: event-loop time at which its pool took it back.
     """
@@ -52,6 +68,7 @@ class Connection(asyncio.Protocol):
         "_idle_timeout",
         "_informational",
         "_loop",
+        "_named",
         "_on_free",
         "_on_lost",
         "_parser",
@@ -64,8 +81,11 @@ class Connection(asyncio.Protocol):
         "_released",
         "_request_done",
         "_response_done",
+        "_timed",
+        "_timer",
         "_transport",
         "_until_close",
+        "content_type",
         "headers",
         "idle_since",
         "name",
@@ -94,6 +114,8 @@ class Connection(asyncio.Protocol):
         self._on_free = on_free
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self._timer = Timer(self._loop, self._expire)
+        self._timed: tuple[asyncio.Future[None], str, float]
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._head: asyncio.Future[None] | None = None
@@ -111,6 +133,8 @@ class Connection(asyncio.Protocol):
     def _reset(self) -> None:
         self.status = 0
         self.headers: Metadata = []
+        self.content_type = b""
+        self._named = b""
         self.size: int | None = None
         self._buffered = 0
         self._head_size = 0
@@ -157,14 +181,13 @@ class Connection(asyncio.Protocol):
             raise Refusal(Reason.UPSTREAM_DOWN, "was closed", by=self.name, sent=False)
         self._reset()
         self._head = self._loop.create_future()
-        timer: asyncio.TimerHandle | None = None
         sender: asyncio.Task[None] | None = None
         try:
             data = payload.data
             if data is not None:
                 transport.write(head + data if data else head)
                 self._request_done = True
-                timer = self._loop.call_later(timeout, self._expire, self._head, "no answer", timeout)
+                self._time(self._head, "no answer", timeout)
             else:
                 transport.write(head)
                 sender = self._loop.create_task(self._send(payload, self._head, timeout))
@@ -173,8 +196,7 @@ class Connection(asyncio.Protocol):
             self.abort()
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
+            self._timer.clear()
             self._head = None
             if sender is not None and not sender.done():
                 # The answer is here before the request was: it stands, the connection does not.
@@ -203,8 +225,7 @@ class Connection(asyncio.Protocol):
                 head.set_exception(error)
             return
         if not head.done():
-            timer = self._loop.call_later(timeout, self._expire, head, "no answer", timeout)
-            head.add_done_callback(lambda _: timer.cancel())
+            self._time(head, "no answer", timeout)
 
     async def read(self) -> bytes:
         """Return the next piece of the response body; b"" at its end.
@@ -227,16 +248,14 @@ class Connection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             self._reader = self._loop.create_future()
-            timer = self._loop.call_later(
-                self._idle_timeout, self._expire, self._reader, "no further data", self._idle_timeout
-            )
+            self._time(self._reader, "no further data", self._idle_timeout)
             try:
                 await self._reader
             except BaseException:
                 self.abort()
                 raise
             finally:
-                timer.cancel()
+                self._timer.clear()
                 self._reader = None
 
     def close(self) -> None:
@@ -265,6 +284,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._timer.close()
         if not self._response_done and self._until_close and exc is None and self._error is None:
             self._response_done = True
         if not self._response_done:
@@ -331,22 +351,30 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status:
             return  # a trailer; nothing in Flower sends or reads one
-        match name.lower():
-            case b"content-length":
-                # llhttp has refused anything but digits, and two that differ
-                self.size = int(value)
-            case b"transfer-encoding":
-                self._chunked = True
-            case _:
-                self.headers.append((name, value))
+        lower = name.lower()
+        if lower == b"content-length":
+            # llhttp has refused anything but digits, and two that differ
+            self.size = int(value)
+        elif lower == b"transfer-encoding":
+            self._chunked = True
+        elif lower == b"connection":
+            self._named += b"," + value
+        elif lower not in _NOT_PASSED:
+            if lower == b"content-type":
+                self.content_type = value
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status < 200:
             self._informational = True
             self.headers = []
+            self._named = b""
             self.size = None
             return
+        if self._named:
+            named = {token.strip().lower() for token in self._named.split(b",")}
+            self.headers = [pair for pair in self.headers if pair[0].lower() not in named]
         if self._chunked:
             self.size = None
         elif self.size is None:
@@ -401,7 +429,13 @@ class Connection(asyncio.Protocol):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(self._error)
 
-    def _expire(self, waiter: asyncio.Future[None], what: str, seconds: float) -> None:
+    def _time(self, waiter: asyncio.Future[None], what: str, seconds: float) -> None:
+        """Give `waiter` so many seconds; one at a time is timed."""
+        self._timed = (waiter, what, seconds)
+        self._timer.set(seconds)
+
+    def _expire(self) -> None:
+        waiter, what, seconds = self._timed
         if not waiter.done():
             self._error = Refusal(Reason.UPSTREAM_TIMEOUT, f"{what} for {seconds:g} s", by=self.name)
             waiter.set_exception(self._error)

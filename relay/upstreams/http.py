@@ -15,7 +15,6 @@ from relay.wireformat import uint, well_formed
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from relay.call import Metadata
     from relay.upstreams.pool import Pool
 
 CONTENT_TYPE = b"application/protobuf"
@@ -24,11 +23,6 @@ CONTENT_TYPE = b"application/protobuf"
 WHOLE = 64 * 1024
 
 _CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
-
-# RFC 9110 section 7.6.1; content-length and transfer-encoding are framing and were taken off before.
-_HOP_BY_HOP = frozenset(
-    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade", b"proxy-authenticate"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +64,7 @@ class HttpUpstream:
         self._passes = {status: frozenset(kinds) for status, kinds in passes.items()}
         host = pool.target.authority.encode("ascii")
         self._start = {
-            method: b"POST %b%b HTTP/1.1\r\nhost: %b\r\n" % (prefix.encode(), method.path.encode(), host)
+            method: b"POST %b%b HTTP/1.1\r\nhost: %b" % (prefix.encode(), method.path.encode(), host)
             for method in Method
         }
 
@@ -90,22 +84,20 @@ class HttpUpstream:
             raise Refusal(Reason.UPSTREAM_TIMEOUT, "no time is left to ask", by=self.pool.name, sent=False)
         await connection.exchange(head, call.payload, timeout)
         # The connection may carry another exchange as soon as its body was taken.
-        status, headers = connection.status, connection.headers
+        status, content_type, headers = connection.status, connection.content_type, connection.headers
         try:
             payload = await _payload(connection)
             if self._judging:
-                self._check(call.method, status, headers, payload.data)
+                self._check(call.method, status, content_type, payload.data)
         except BaseException:
             connection.close()
             raise
-        return Reply(payload, Source.UPSTREAM, status=status, metadata=_end_to_end(headers))
+        return Reply(payload, Source.UPSTREAM, status=status, metadata=headers)
 
     def _head(self, call: Call) -> bytes:
-        parts = [self._start[call.method]]
-        parts += [b"%b: %b\r\n" % pair for pair in call.metadata]
         size = call.payload.size
-        parts.append(_CHUNKED if size is None else b"content-length: %d\r\n\r\n" % size)
-        return b"".join(parts)
+        framing = _CHUNKED if size is None else b"content-length: %d\r\n\r\n" % size
+        return b"\r\n".join((self._start[call.method], *map(b": ".join, call.metadata), framing))
 
     def _timeout(self, call: Call) -> float:
         own = self._timeouts.heartbeat if call.method.kind is Kind.HEARTBEAT else self._timeouts.response
@@ -113,15 +105,16 @@ class HttpUpstream:
             return own  # a node's patience begins anew when it has sent a long body
         return min(own, call.deadline - time.monotonic())
 
-    def _check(self, method: Method, status: int, headers: Metadata, data: bytes | None) -> None:
-        content_type = next((v for n, v in headers if n.lower() == b"content-type"), b"")
+    def _check(self, method: Method, status: int, content_type: bytes, data: bytes | None) -> None:
         reason = judge(method, status, content_type, self._passes)
-        what = f"{status} {content_type.decode('latin-1')!r}"
-        if reason is None and status == 200 and data is not None and not makes_sense(method, data):
+        if reason is not None:
+            what = f"{status} {content_type.decode('latin-1')!r}"
+        elif status == 200 and data is not None and not makes_sense(method, data):
             reason = Reason.UPSTREAM_BAD_ANSWER
             what = f"{len(data)} bytes that are no {method.response}, beginning {data[:20]!r}"
-        if reason is not None:
-            raise Refusal(reason, f"{method.rpc} was answered {what}", by=self.pool.name, status=status)
+        else:
+            return
+        raise Refusal(reason, f"{method.rpc} was answered {what}", by=self.pool.name, status=status)
 
 
 async def _payload(connection: Connection) -> Payload:
@@ -133,14 +126,6 @@ async def _payload(connection: Connection) -> Payload:
     if connection.size is not None and connection.size <= WHOLE:
         await payload.read(WHOLE)
     return payload
-
-
-def _end_to_end(headers: Metadata) -> Metadata:
-    named = {b"x-request-id"}  # the relay's own goes to the node
-    for name, value in headers:
-        if name.lower() == b"connection":
-            named |= {token.strip().lower() for token in value.split(b",")}
-    return [pair for pair in headers if (name := pair[0].lower()) not in _HOP_BY_HOP and name not in named]
 
 
 def judge(
@@ -160,6 +145,8 @@ def judge(
         without a relay, too; UPSTREAM_BAD_ANSWER for the rest, error pages with status 200 included.
     """
     if status == 200:
+        if content_type == CONTENT_TYPE:
+            return None
         media_type = content_type.partition(b";")[0].strip().lower()
         return None if media_type == CONTENT_TYPE else Reason.UPSTREAM_BAD_ANSWER
     if method.kind in passes.get(status, ()):
@@ -181,6 +168,8 @@ def makes_sense(method: Method, data: bytes) -> bool:
     """
     if method is Method.ACTIVATE_NODE:
         return bool(uint(data, 1)) and well_formed(data)
+    if not data:
+        return True
     if method.kind in (Kind.PULL, Kind.HEARTBEAT):
         return well_formed(data)
     return True

@@ -89,13 +89,8 @@ class Front:
 
         Never raises but when its task is cancelled.
         """
-        self.busy.add(request.connection)
-        try:
-            return await self._handle(request)
-        finally:
-            self.busy.discard(request.connection)
-
-    async def _handle(self, request: NodeRequest) -> bool:
+        if request.connection.writing_paused and not await self._caught_up(request):
+            return False
         path = request.message.path
         route = self._routes.get(path)
         if route is None:
@@ -120,7 +115,7 @@ class Front:
             return self._drop(request)
         except NodeGone:
             self._end(call, "node_gone", reply, lost=reply is not None and reply.source is Source.UPSTREAM)
-            return False
+            return self._drop(request)
         except asyncio.CancelledError:
             self._end(call, "cancelled", reply, lost=reply is not None)
             raise
@@ -141,13 +136,16 @@ class Front:
             return
         if call.payload.data is not None:
             return
-        if "Expect" in request.message.headers and request.transport is not None:
-            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # HTTP/1.0 knows no 1xx and would take it for the answer.
+        if "Expect" in request.message.headers and request.message.version >= HttpVersion11:
+            _open_transport(request).write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if call.payload.size is not None and call.payload.size <= WHOLE:
             try:
                 await call.payload.read(WHOLE)
             except Refusal as refusal:
                 call.fault = refusal
+            # A node's patience begins when it has sent its call.
+            call.deadline += time.monotonic() - call.started
 
     # -- answers ------------------------------------------------------------------------------------
 
@@ -156,14 +154,14 @@ class Front:
 
         Raises:
             NodeGone: the node closed, or took nothing for `idle_timeout` seconds.
-            _CutError: the upstream broke the body off.
+            _CutError: the body broke off.
         """
         transport = _open_transport(request)
         payload = reply.payload
         framing, chunked = _framing(request, payload.size)
         keep = self._keeps(request, reply)
         parts = [_STATUS_LINE.get(reply.status) or b"HTTP/1.1 %d \r\n" % reply.status]
-        parts += [b"%b: %b\r\n" % pair for pair in reply.metadata]
+        parts += [b": ".join(pair) + _CRLF for pair in reply.metadata]
         if reply.source is not Source.UPSTREAM:
             parts.append(_OUR_TYPE)
         parts.append(b"x-request-id: %b\r\n" % call.request_id.encode("ascii"))
@@ -177,8 +175,14 @@ class Front:
         transport.write(b"".join(parts))
         try:
             return await self._pass_on(request, payload, chunked=chunked)
+        except (NodeGone, _CutError):
+            raise
         except Refusal as refusal:
             raise _CutError(str(refusal)) from refusal
+        except Exception as error:
+            # Whatever it was: the head is written, so nothing else may follow it.
+            log.exception("call failed", method=call.method.rpc, request_id=call.request_id)
+            raise _CutError(repr(error)) from error
 
     async def _pass_on(self, request: NodeRequest, payload: Payload, *, chunked: bool) -> int:
         sent = 0
@@ -189,7 +193,17 @@ class Front:
                 await self._drain(request)
         if chunked:
             _open_transport(request).write(b"0\r\n\r\n")
+        elif payload.size not in (None, sent):
+            raise _CutError(f"{sent} bytes of {payload.size} came")
         return sent
+
+    async def _caught_up(self, request: NodeRequest) -> bool:
+        """Wait until a node has taken its earlier answers: one that only asks on would fill the memory."""
+        try:
+            await self._drain(request)
+        except NodeGone:
+            return self._drop(request)
+        return True
 
     async def _drain(self, request: NodeRequest) -> None:
         """Wait until the node has taken enough; a slow node may, one that takes nothing is gone."""
@@ -246,15 +260,13 @@ class Front:
         self.stray(str(status))
         if request.transport is not None:
             text = HTTPStatus(status).phrase.encode()
-            request.transport.write(
-                _STATUS_LINE[status] + _PLAIN % len(text) + more + b"connection: close\r\n\r\n" + text
-            )
+            head = _STATUS_LINE[status] + _PLAIN % len(text) + more + b"connection: close\r\n\r\n"
+            request.transport.write(head if request.message.method == "HEAD" else head + text)
         return False
 
     def _drop(self, request: NodeRequest) -> bool:
-        """Close without an answer, and without a FIN that could pass for the end of one."""
-        if request.transport is not None:
-            request.transport.abort()
+        """Close without an answer, and with a reset: a FIN could pass for the end of one."""
+        request.connection.reset()
         return False
 
     # -- small things -------------------------------------------------------------------------------
@@ -262,7 +274,9 @@ class Front:
     def _keeps(self, request: NodeRequest, reply: Reply | None = None) -> bool:
         """Return whether the connection lives on; an answer without framing ends with it."""
         framed = reply is None or reply.payload.size is not None or request.message.version >= HttpVersion11
-        return not request.message.should_close and framed and not self.draining
+        message = request.message
+        # What follows a wish to upgrade, which is always refused, is not to be taken for a request.
+        return framed and not (message.should_close or message.upgrade or self.draining)
 
     def _connection(self, request: NodeRequest, *, keep: bool) -> bytes:
         """Return the Connection header, if the default would mislead, and the end of the head."""

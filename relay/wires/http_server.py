@@ -9,6 +9,8 @@ have them, and tests/wires/test_http_server.py would notice a change.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from typing import TYPE_CHECKING
 
 import structlog
@@ -29,6 +31,8 @@ log = structlog.get_logger("relay.wires.http")
 READ_BUFFER = 256 * 1024
 #: How long an answered node may go on sending a body that nobody wants, before its connection is closed.
 LINGER = 10.0
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class NodeRequest:
@@ -96,7 +100,18 @@ class NodeConnection(web.RequestHandler):
 
     async def drain(self) -> None:
         """Wait until the node has taken enough of its answer. Raises ConnectionError when it is gone."""
+        if self._drain_waiter is not None and self._drain_waiter.cancelled():
+            self._drain_waiter = None  # of a wait that timed out; aiohttp would have it awaited again
         await self._drain_helper()
+
+    def reset(self) -> None:
+        """End the connection with RST; by itself even `abort` ends one with FIN."""
+        if self.transport is None:
+            return
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self.transport.abort()
 
     async def start(self) -> None:
         """Answer one request after the other, until either side wants no more."""
@@ -140,25 +155,28 @@ class NodeConnection(web.RequestHandler):
         request = NodeRequest(message, content, self)
         self._current_request = request  # type: ignore[assignment]  # aiohttp only calls its `_cancel`
         self._request_in_progress = True
+        self._front.busy.add(self)
         try:
             keep = await self._front.handle(request)
+            if not content.is_eof():
+                keep = await self._discard(content) and keep
         finally:
+            self._front.busy.discard(self)
             self._current_request = None
             self._request_in_progress = False
             if self._handler_waiter is not None:
                 self._handler_waiter.set_result(None)
-        if not content.is_eof():
-            return await self._discard(content) and keep
-        # After a request to upgrade, which is always refused, the parser would pass bytes on unread.
-        return keep and not self._upgraded
+        return keep
 
     async def _discard(self, content: StreamReader) -> bool:
         """Read the rest of a body that nobody wanted, so that the node gets to read its answer."""
+        if self.transport is None or self.transport.is_closing():
+            return False
         try:
             async with asyncio.timeout(LINGER):
                 while not self._force_close and not content.is_eof():
                     await content.readany()
-        except (TimeoutError, ConnectionError, web.RequestPayloadError):
+        except (OSError, web.RequestPayloadError):  # TimeoutError is one
             return False
         return content.is_eof()
 

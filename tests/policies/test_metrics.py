@@ -125,6 +125,16 @@ async def test_calls_of_one_kind_add_up_and_calls_of_another_are_apart(
     assert meter.moved("relay_calls_total", **get_run) == 1
 
 
+async def test_calls_of_one_outcome_are_told_apart_by_who_answered(make_call: MakeCall, meter: Meter) -> None:
+    policy = Metrics()
+    for source in (Source.UPSTREAM, Source.LOCAL):
+        call = make_call(Method.PULL_MESSAGES)
+        await run(call, policy=policy)
+        call.end(Ending("ok", seconds=0, source=source))
+    for source in (Source.UPSTREAM, Source.LOCAL):
+        assert meter.moved("relay_calls_total", **PULL, outcome="ok", source=source.value) == 1
+
+
 async def test_two_instances_count_into_the_same_metrics(make_call: MakeCall, meter: Meter) -> None:
     """As after a reload within one process."""
     for policy in (Metrics(), Metrics()):

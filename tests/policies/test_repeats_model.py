@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from relay.call import Call, Payload, Reply, Source, Wire
 from relay.fleet import Method
-from relay.pipeline import Handler, compose
+from relay.pipeline import Handler, Policy, compose
 from relay.policies.repair import Repair
 from relay.policies.retry import Budget, Retry
 from relay.refusal import Reason, Refusal
@@ -114,7 +114,7 @@ class FlowerNode:
 
     def __init__(self, superlink: SuperLink) -> None:
         table = HostTable(64)
-        policies = [
+        policies: list[Policy] = [
             Repair(lost_answers=True, reactivate=True, table=table),
             Retry(enabled=True, base=0.0, cap=0.0, budget=Budget(0.2, 10)),
         ]
