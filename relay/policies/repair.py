@@ -24,6 +24,7 @@ import time
 from typing import TYPE_CHECKING, ClassVar
 
 import structlog
+from prometheus_client import Counter
 
 from relay.call import Call, Payload, Reply, Source, View
 from relay.fleet import PEEK_BYTES, Method, peek
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from relay.stores.host import HostTable
 
 log = structlog.get_logger("relay.policies.repair")
+
+REPAIRS = Counter("relay_repairs", "Lost answers and crashed nodes that were mended, by method", ["method"])
 
 _KEY_IN_USE = 23
 _ACTIVATION_FAILED = 2004
@@ -124,6 +127,7 @@ class Repair:
         return refusal.status == 500 and self._age(attempt) is not None
 
     def _success(self, call: Call) -> Reply:
+        REPAIRS.labels(call.method.rpc).inc()
         log.info("registration had arrived", request_id=call.request_id)
         return Reply(Payload(), Source.LOCAL)
 
@@ -171,6 +175,7 @@ class Repair:
         return reply.status == 200 and answer == encode_uint(1, 1) + encode_uint(2, 1)
 
     def _stored(self, call: Call) -> Reply:
+        REPAIRS.labels(call.method.rpc).inc()
         log.info("object had been stored", request_id=call.request_id)
         return Reply(Payload(_STORED), Source.LOCAL)
 
@@ -199,6 +204,7 @@ class Repair:
             return False
         reply.payload.close()
         if reply.status == 200:
+            REPAIRS.labels(call.method.rpc).inc()
             log.info("node was still online, deactivated", node_id=node_id, request_id=call.request_id)
         return reply.status == 200
 

@@ -15,6 +15,8 @@ import random
 import time
 from typing import TYPE_CHECKING, ClassVar
 
+from prometheus_client import Counter
+
 from relay.call import Call, Reply, View
 from relay.refusal import Reason, Refusal
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
     from relay.fleet import Method
     from relay.pipeline import Handler
+
+RETRIES = Counter("relay_retries", "Calls sent to the SuperLink once more, by why", ["method", "reason"])
+DENIED = Counter("relay_retries_denied", "Repeats that the retry budget did not allow", ["method"])
 
 #: Reasons that may pass by themselves. A timeout is none: the SuperLink works on the call already, most of
 #: the node's patience is gone, and the node asks again by itself.
@@ -90,8 +95,12 @@ class Retry:
             except Refusal as refusal:
                 wait = random.uniform(0.0, min(self._cap, self._base * 2**repeats))  # noqa: S311 - jitter
                 in_time = time.monotonic() + wait < call.deadline
-                if not in_time or not may_repeat(call, refusal, repeats) or not self._budget.withdraw():
+                if not in_time or not may_repeat(call, refusal, repeats):
                     raise
+                if not self._budget.withdraw():
+                    DENIED.labels(call.method.rpc).inc()
+                    raise
+                RETRIES.labels(call.method.rpc, refusal.reason.value).inc()
             repeats += 1
             await asyncio.sleep(wait)
 

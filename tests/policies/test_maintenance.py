@@ -1,4 +1,4 @@
-"""In maintenance every call is refused, and nothing reaches the SuperLink; otherwise the policy is not there."""
+"""In maintenance every call is refused and nothing reaches the SuperLink; else the policy is not there."""
 
 from __future__ import annotations
 

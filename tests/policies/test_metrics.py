@@ -116,13 +116,16 @@ async def test_calls_of_one_kind_add_up_and_calls_of_another_are_apart(
     make_call: MakeCall, meter: Meter
 ) -> None:
     policy = Metrics()
-    for method in (Method.PULL_MESSAGES, Method.PULL_MESSAGES, Method.GET_RUN):
-        call = make_call(method)
+    kinds = [(Method.PULL_MESSAGES, Wire.HTTP_V1), (Method.GET_RUN, Wire.HTTP_V1)]
+    rest = (Method.PULL_MESSAGES, Wire.REST_V0)
+    for method, wire in (*kinds, rest, *kinds):
+        call = make_call(method, wire=wire)
         await run(call, policy=policy)
         call.end(Ending("ok", seconds=0, source=Source.UPSTREAM))
-    assert meter.moved("relay_calls_total", **PULL, outcome="ok", source="upstream") == 2
-    get_run = {"method": "GetRun", "wire": "http_v1", "outcome": "ok", "source": "upstream"}
-    assert meter.moved("relay_calls_total", **get_run) == 1
+    for method, wire, count in ((*kinds[0], 2), (*kinds[1], 2), (*rest, 1)):
+        labels = {"method": method.rpc, "wire": wire.value}
+        assert meter.moved("relay_calls_total", **labels, outcome="ok", source="upstream") == count
+        assert meter.moved("relay_call_duration_seconds_count", **labels) == count
 
 
 async def test_calls_of_one_outcome_are_told_apart_by_who_answered(make_call: MakeCall, meter: Meter) -> None:

@@ -20,6 +20,7 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.proto.node_pb2 import Node
+from prometheus_client import REGISTRY
 
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Method
@@ -185,8 +186,11 @@ async def test_not_stored_is_stored_when_the_object_can_be_pulled(
     make_call: MakeCall, repair: Repair
 ) -> None:
     superlink = SuperLink(ok(NOT_STORED), ok(AVAILABLE))
+    repaired = ("relay_repairs_total", {"method": "PushObject"})
+    before = REGISTRY.get_sample_value(*repaired) or 0.0
     call = make_call(Method.PUSH_OBJECT, PUSH, metadata=[(b"flwr-signature", b"proof")])
     assert stored(await repair.handle(call, superlink))
+    assert REGISTRY.get_sample_value(*repaired) == before + 1
     question = superlink.asked[1]
     assert question.method is Method.PULL_OBJECT
     assert question.metadata == call.metadata

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from prometheus_client import REGISTRY
 
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Method
@@ -120,12 +121,25 @@ async def test_a_pull_that_may_have_arrived_is_sent_once(make_call: MakeCall) ->
     assert upstream.calls == 1
 
 
-async def test_an_empty_budget_ends_the_repeats(make_call: MakeCall) -> None:
+def counted(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_repeats_are_counted_by_method_and_reason(make_call: MakeCall) -> None:
+    labels = {"method": "GetFab", "reason": "overloaded"}
+    before = counted("relay_retries_total", **labels)
+    await retry().handle(make_call(Method.GET_FAB, b"x"), Upstream(*[Refusal(Reason.OVERLOADED)] * 3))
+    assert counted("relay_retries_total", **labels) == before + 3
+
+
+async def test_an_empty_budget_ends_the_repeats_and_is_counted(make_call: MakeCall) -> None:
+    before = counted("relay_retries_denied_total", method="GetRun")
     policy = retry(floor=0.5)
     upstream = Upstream(*[Refusal(Reason.UPSTREAM_DOWN)] * 100)
     with pytest.raises(Refusal):
         await policy.handle(make_call(Method.GET_RUN, b"x"), upstream)
     assert upstream.calls == 6  # ten seconds of 0.5 a second were saved up
+    assert counted("relay_retries_denied_total", method="GetRun") == before + 1
 
 
 async def test_cancelling_the_call_ends_the_waiting(make_call: MakeCall) -> None:
