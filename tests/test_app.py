@@ -225,8 +225,39 @@ async def test_a_superlink_that_says_nothing_is_waited_for_as_long_as_was_set(
     variable: str, path: str
 ) -> None:
     async with Listener() as superlink, running(settings(superlink.port, **{variable: "100ms"})) as (port,):
-        answer = await ask(port, path)
+        async with asyncio.timeout(2):  # either default is longer
+            answer = await ask(port, path)
     assert (answer.status, answer.body) == (503, b"upstream_timeout")
+
+
+async def test_a_superlink_that_stops_in_the_middle_of_its_answer_is_waited_for_as_long_as_was_set() -> None:
+    async with (
+        Listener() as superlink,
+        running(settings(superlink.port, UPSTREAM__IDLE_TIMEOUT="100ms")) as (port,),
+        asyncio.TaskGroup() as tasks,
+    ):
+        tasks.create_task(superlink.serve(response(b"x", size=9)))
+        answer = await ask(port, GET_RUN)
+    assert (answer.status, answer.body) == (503, b"upstream_timeout")
+
+
+@pytest.mark.parametrize(
+    ("keepalive", "connections"), [("50ms", 2), ("4s", 1)], ids=["is not used", "is used"]
+)
+async def test_a_connection_that_was_idle_for_longer_than_was_set_is_not_used_again(
+    keepalive: str, connections: int
+) -> None:
+    chosen = {"UPSTREAM__KEEPALIVE": keepalive}
+    async with Listener() as superlink, running(settings(superlink.port, **chosen)) as (port,):
+        serving = asyncio.create_task(superlink.serve(response(), response()))
+        await ask(port, GET_RUN)
+        await asyncio.sleep(0.2)
+        if connections == 2:
+            serving.cancel()
+            serving = asyncio.create_task(superlink.serve(response()))
+        await ask(port, GET_RUN)
+        await serving
+        assert len(superlink.peers) == connections
 
 
 async def test_a_node_that_stops_in_the_middle_of_its_body_is_waited_for_as_long_as_was_set() -> None:

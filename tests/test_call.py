@@ -246,7 +246,9 @@ async def test_a_message_is_parsed_once() -> None:
 async def test_the_same_bytes_can_be_parsed_as_another_message() -> None:
     payload = Payload(PULL)
     await payload.message(PullMessagesRequest, BIG)
-    assert (await payload.message(PushMessagesRequest, BIG)).node.node_id == 7
+    other = await payload.message(PushMessagesRequest, BIG)
+    assert type(other) is PushMessagesRequest
+    assert other.node.node_id == 7
 
 
 @pytest.mark.parametrize("data", [b"\x0a\xff", b"<html></html>", b"\x0a\x02\x08"])
