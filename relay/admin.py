@@ -6,13 +6,14 @@ share, metrics are read from the files of all of them.
 
 from __future__ import annotations
 
-import os
+import asyncio
 from typing import TYPE_CHECKING
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from relay import __version__
+from relay.exposition import exposition
 
 if TYPE_CHECKING:
     from relay.app import Relay
@@ -47,18 +48,11 @@ def application(relay: Relay, shared: Shared) -> web.Application:
         return web.json_response(body, status=503 if stop else 200)
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(body=exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+        # It reads files, and a call that waits for it would be a heartbeat in the worst case.
+        page = await asyncio.to_thread(exposition)
+        return web.Response(body=page, headers={"content-type": CONTENT_TYPE_LATEST})
 
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
     return app
-
-
-def exposition() -> bytes:
-    """Return the metrics of all workers in Prometheus' text format; of this process alone outside `serve`."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return generate_latest(REGISTRY)
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(registry)

@@ -271,7 +271,7 @@ class Ending:
     Attributes:
         outcome: `ok`; `upstream_403` and the like for a status of the SuperLink's that was passed on;
             the value of a Reason; `cut` if the upstream broke off in the middle of the answer;
-            `node_gone` if the node left first.
+            `node_gone` if the node left first; `cancelled` if the worker had to end.
         source: who made the answer, None when there was none.
         sent: bytes of response body that were written to the node.
         refusal: the refusal, if that was it.

@@ -83,6 +83,7 @@ _HEARTBEAT_503 = Cell(Status(503), "the next heartbeat comes; anything else but 
 _KICK_401 = Cell(Status(401), "the wish is that this node goes: it deactivates and exits")
 _DROP_MESSAGE_403 = Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
 _CLOSE = Cell(Drop(), "a closed connection is retried; a status would end the node")
+_LEAVING = "the node asks once, ignores what comes, and is gone"
 
 # Reasons that end by themselves when the upstream comes back.
 _OUTAGE = frozenset({Reason.UPSTREAM_DOWN, Reason.BREAKER_OPEN})
@@ -101,7 +102,9 @@ def _http_v1(reason: Reason, kind: Kind | None) -> Cell:
             return _HEARTBEAT_503
         case Kind.FETCH | Kind.PUSH | Kind.CONFIRM if reason in _LASTING:
             return _DROP_MESSAGE_403
-        case Kind.JOIN | Kind.FETCH | Kind.PUSH | Kind.CONFIRM | Kind.LEAVE | None:
+        case Kind.LEAVE:
+            return Cell(Status(503), _LEAVING)
+        case Kind.JOIN | Kind.FETCH | Kind.PUSH | Kind.CONFIRM | None:
             return _RETRIED_503
         case _:
             assert_never(kind)
@@ -119,9 +122,13 @@ def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
             return _NOTHING_NOW
         case Kind.PUSH if reason in _LASTING or reason is Reason.UNAUTHENTICATED:
             return Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
+        case Kind.LEAVE:
+            return Cell(Drop(), _LEAVING)
+        case Kind.CONFIRM if reason in _LASTING:
+            return Cell(Empty(), "the node goes on; after a status it would never poll again")
         case Kind.FETCH | Kind.CONFIRM:
             return Cell(Drop(), "a closed connection is retried; after a status the node never polls again")
-        case Kind.JOIN | Kind.LEAVE | Kind.PUSH | None:
+        case Kind.JOIN | Kind.PUSH | None:
             return _CLOSE
         case _:
             assert_never(kind)

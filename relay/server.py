@@ -101,7 +101,7 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
             "pidfile": str(settings.pid_file) if settings.pid_file else None,
             "proc_name": "flwr-relay",
             "control_socket_disable": True,
-            "child_exit": _forget_gauges,
+            "child_exit": _bury,
             "on_reload": _on_reload,
         }
         for key, value in chosen.items():
@@ -192,8 +192,8 @@ def _on_reload(master: Arbiter) -> None:
     master.cfg.set("graceful_timeout", 0)
 
 
-def _forget_gauges(_: Arbiter, worker: Worker) -> None:
-    """Drop the in-flight gauge of a worker that has ended; its counters stay."""
-    from prometheus_client import multiprocess  # noqa: PLC0415 - see `serve`
+def _bury(_: Arbiter, worker: Worker) -> None:
+    """Keep what a worker counted that has ended."""
+    from relay.exposition import bury  # noqa: PLC0415 - see `serve`
 
-    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+    bury(worker.pid)

@@ -292,7 +292,7 @@ def fate_of_a_rest_node(given: Answer, method: Method) -> Fate:
 
 
 def wished_of_rest(reason: Reason, kind: Kind) -> Fate:
-    """As `wished`, for a wire on which no fetch and no confirm can be refused for good."""
+    """As `wished`, for a wire on which no fetch can be refused for good."""
     if reason is Reason.UNAUTHENTICATED:
         return {
             Kind.PULL: Fate.EXITS,
@@ -300,6 +300,8 @@ def wished_of_rest(reason: Reason, kind: Kind) -> Fate:
             Kind.PUSH: Fate.GIVES_MESSAGE_UP,
             Kind.LEAVE: Fate.LEAVES,
         }.get(kind, Fate.RETRIES)
+    if kind is Kind.CONFIRM and reason in LASTING:
+        return Fate.BELIEVES_IT  # an empty answer is what a confirmation gets
     if kind in (Kind.FETCH, Kind.CONFIRM):
         return Fate.RETRIES
     return wished(reason, kind)
@@ -357,9 +359,11 @@ def test_only_a_reason_that_wishes_it_makes_a_node_go() -> None:
     }
 
 
-def test_an_empty_message_is_told_on_a_pull_and_nowhere_else() -> None:
-    assert {method for (_, _, method), cell in TABLE.items() if cell.answer == Empty()} == {
-        Method.PULL_MESSAGES
+def test_an_empty_message_is_told_where_it_is_a_whole_answer_and_nowhere_else() -> None:
+    assert {(wire, method) for (wire, _, method), cell in TABLE.items() if cell.answer == Empty()} == {
+        (Wire.HTTP_V1, Method.PULL_MESSAGES),
+        (Wire.REST_V0, Method.PULL_MESSAGES),
+        (Wire.REST_V0, Method.CONFIRM_MESSAGE_RECEIVED),
     }
 
 

@@ -35,7 +35,7 @@ class AccessLog:
         head = b""
         # Before the look at the body, which may end the call; `head` is what it is when that has ended.
         call.on_end(lambda call, ending: self._write(call, ending, head))
-        if self._debug:
+        if self._debug or call.payload.data is None:  # a long body will be gone by then
             head = await call.payload.peek(PEEK_BYTES)
         return await next(call)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from relay.call import Metadata
 
     Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+#: Longest host name that DNS knows, with a port.
+_HOST_BYTES = 262
+
+_FOR = re.compile(rb'(?i)(?:^|[;,\s])for=("[^"]*"|[^;,\s]*)')
 
 
 class Claims(NamedTuple):
@@ -34,7 +41,7 @@ class Forwarding:
         self._trusted = tuple(trusted)
         # Behind a proxy there are few direct peers, without one a node keeps its connection.
         self._is_trusted = lru_cache(maxsize=4096)(self._look_up)
-        self._first_hop = lru_cache(maxsize=4096)(_first_hop)
+        self._cached_hop = lru_cache(maxsize=1024)(_first_hop)
 
     def resolve(self, direct: str, host: bytes, claims: Claims, *, tls: bool) -> tuple[str, Metadata]:
         """Return the node's address and the forwarding headers for the upstream.
@@ -45,12 +52,14 @@ class Forwarding:
             claims: what the request says of its way.
             tls: whether this connection is TLS.
         """
-        own = self._first_hop(direct, host, tls)
+        # What a client writes is remembered only if it is as short as a host name.
+        own = (self._cached_hop if len(host) <= _HOST_BYTES else _first_hop)(direct, host, tls)
         if claims is NO_CLAIMS or not self._is_trusted(direct):
             return direct, list(own)
         (_, element), (_, address), (_, proto), _ = own
         hops = [hop.strip() for hop in claims.for_.split(b",") if hop.strip()]
-        return self._client(hops) or direct, [
+        path = hops or [match[1] for match in _FOR.finditer(claims.forwarded)]
+        return self._client(path) or direct, [
             (b"forwarded", claims.forwarded + b", " + element if claims.forwarded else element),
             (b"x-forwarded-for", b", ".join([*hops, address])),
             (b"x-forwarded-proto", claims.proto or proto),
@@ -61,7 +70,7 @@ class Forwarding:
         """Return the last hop that is no proxy of ours: what stands before it anybody may have written."""
         address = ""
         for hop in reversed(hops):
-            text = hop.decode("latin-1")
+            text = _bare(hop.decode("latin-1"))
             if not _address(text):
                 break
             address = text
@@ -72,6 +81,15 @@ class Forwarding:
     def _look_up(self, address: str) -> bool:
         parsed = _address(address)
         return parsed is not None and any(parsed in network for network in self._trusted)
+
+
+def _bare(hop: str) -> str:
+    """Take quotes, brackets and a port off: `"[2001:db8::1]:4711"`, `203.0.113.9:4711`."""
+    hop = hop.strip('"')
+    if hop.startswith("["):
+        return hop[1:].partition("]")[0]
+    host, colon, _ = hop.partition(":")
+    return host if colon and hop.count(":") == 1 else hop
 
 
 def _first_hop(direct: str, host: bytes, tls: bool) -> tuple[tuple[bytes, bytes], ...]:

@@ -118,6 +118,7 @@ class Front:
             return self._drop(request)
         except asyncio.CancelledError:
             self._end(call, "cancelled", reply, lost=reply is not None)
+            self._drop(request)
             raise
         except Exception as error:
             # A bug of ours must not reach a node as a 500.
@@ -144,6 +145,9 @@ class Front:
                 await call.payload.read(WHOLE)
             except Refusal as refusal:
                 call.fault = refusal
+            except NodeGone:
+                self.stray("node_gone")  # no chain has run that would count it
+                raise
             # A node's patience begins when it has sent its call.
             call.deadline += time.monotonic() - call.started
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -92,11 +93,27 @@ class NodeConnection(web.RequestHandler):
         """Note once who this is."""
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
-            self.peer = peer[0]
+            self.peer = peer[0].removeprefix("::ffff:")  # an IPv4 node on an IPv6 socket
         self.tls = transport.get_extra_info("sslcontext") is not None
         if self.tls:
             handshake_done(transport)
         super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse the next bytes; should they be garbage, the body that they stand in ends with an error."""
+        super().data_received(data)
+        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+            before = self._messages[-2][1] if len(self._messages) > 1 else None
+            if before is None and self._current_request is not None:
+                before = self._current_request.content
+            if before is not None and not before.is_eof() and before.exception() is None:
+                before.set_exception(web.RequestPayloadError("no HTTP within the body"))
+
+    def force_close(self) -> None:
+        """Close; within a call by a reset, since a FIN could pass for the end of its answer."""
+        if self._request_in_progress:
+            self.reset()
+        super().force_close()
 
     async def drain(self) -> None:
         """Wait until the node has taken enough of its answer. Raises ConnectionError when it is gone."""
@@ -110,7 +127,8 @@ class NodeConnection(web.RequestHandler):
             return
         connection = self.transport.get_extra_info("socket")
         if connection is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            with suppress(OSError):  # it may be closed already
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.transport.abort()
 
     async def start(self) -> None:

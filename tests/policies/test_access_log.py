@@ -134,12 +134,15 @@ async def test_looking_at_a_call_takes_nothing_of_it_away(make_call: MakeCall, l
     assert call.payload.passed == len(REQUEST)
 
 
-async def test_a_body_is_not_waited_for_unless_every_call_is_written(
+async def test_a_long_body_is_looked_at_before_it_is_gone_so_that_a_loss_has_a_name(
     make_call: MakeCall, log: CapturingLogger
 ) -> None:
-    body = Body(REQUEST)
-    await AccessLog(debug=False).handle(make_call(Method.PUSH_OBJECT, Payload(body=body)), answering)
-    assert body.left == [REQUEST]
+    call = make_call(Method.PUSH_OBJECT, Payload(body=Body(REQUEST)))
+    await AccessLog(debug=False).handle(call, answering)
+    assert b"".join([piece async for piece in call.payload.stream()]) == REQUEST
+    call.end(GONE)
+    (entry,) = log.calls
+    assert entry.kwargs["node_id"] is not None
 
 
 @pytest.mark.parametrize("error", [Refusal(Reason.MALFORMED, "the body stalled"), NodeGone()], ids=type)

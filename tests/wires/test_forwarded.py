@@ -219,6 +219,29 @@ def test_a_hop_that_is_no_address_ends_what_is_believed(garbage: bytes, hops: by
     assert resolve("10.0.0.1", claims=Claims(for_=hops % garbage))[0] == peer
 
 
+@pytest.mark.parametrize(
+    ("claims", "peer"),
+    [
+        (Claims(for_=b"203.0.113.9:4711"), "203.0.113.9"),
+        (Claims(for_=b"[2001:db8::1]:4711"), "2001:db8::1"),
+        (Claims(for_=b"2001:db8::1, 10.0.0.2:80"), "2001:db8::1"),
+        (Claims(forwarded=b"for=203.0.113.9;proto=https"), "203.0.113.9"),
+        (Claims(forwarded=b'proto=https;For="[2001:db8::1]:80", for=10.0.0.2'), "2001:db8::1"),
+        (Claims(forwarded=b"for=_hidden, for=10.0.0.2"), "10.0.0.2"),
+        (Claims(forwarded=b"for=unknown"), "10.0.0.1"),
+    ],
+)
+def test_the_forms_that_proxies_write_are_read(claims: Claims, peer: str) -> None:
+    assert resolve("10.0.0.1", claims=claims)[0] == peer
+
+
+def test_a_long_host_is_not_remembered() -> None:
+    forwarding = Forwarding(())
+    for number in range(2000):
+        forwarding.resolve("203.0.113.9", b"h" * 1000 + b"%d" % number, NO_CLAIMS, tls=False)
+    assert forwarding._cached_hop.cache_info().currsize == 0
+
+
 def test_each_hop_is_added_to_what_the_proxies_said() -> None:
     claims = Claims(b"for=203.0.113.9;proto=https", b"203.0.113.9,10.0.0.2", b"https", b"relay.example")
     _, headers = resolve("10.0.0.1", b"relay:8080", claims)
