@@ -79,7 +79,9 @@ def answer(wire: Wire, reason: Reason, method: Method | None) -> Answer:
 
 _NOTHING_NOW = Cell(Empty(), "nothing for you now: polled again in 3 s by every generation")
 _RETRIED_503 = Cell(Status(503), "retried with backoff, without limit")
-_HEARTBEAT_503 = Cell(Status(503), "the next heartbeat comes; anything else but a 5xx kills the thread")
+_HEARTBEAT_503 = Cell(
+    Status(503), "the next heartbeat comes; any other status but 502 and 504 kills the thread"
+)
 _KICK_401 = Cell(Status(401), "the wish is that this node goes: it deactivates and exits")
 _DROP_MESSAGE_403 = Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
 _CLOSE = Cell(Drop(), "a closed connection is retried; a status would end the node")
@@ -100,7 +102,11 @@ def _http_v1(reason: Reason, kind: Kind | None) -> Cell:
             return _NOTHING_NOW
         case Kind.HEARTBEAT:
             return _HEARTBEAT_503
-        case Kind.FETCH | Kind.PUSH | Kind.CONFIRM if reason in _LASTING:
+        case Kind.CONFIRM if reason in _LASTING:
+            return Cell(
+                Empty(), "the node goes on; after a 403 its last reply would wait for the next message"
+            )
+        case Kind.FETCH | Kind.PUSH if reason in _LASTING:
             return _DROP_MESSAGE_403
         case Kind.LEAVE:
             return Cell(Status(503), _LEAVING)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
+import signal
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp.http_parser
 import structlog
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
+from gunicorn.sock import create_sockets
 
 from relay import logs
 from relay.settings import Settings, SettingsError
 from relay.shared import Shared
-from relay.worker import BACKLOG, RelayWorker
+from relay.worker import BACKLOG, HELD_SIGNALS, RelayWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,12 +40,15 @@ _LEVELS = ("debug", "info", "warning", "error")
 class _Master(Arbiter):  # type: ignore[misc]
     """gunicorn's master with a reload that refuses bad settings, and a stop that is seen by health checks."""
 
+    LISTENERS: list[Any]
+
     def reload(self) -> None:
         """Start workers with the new settings and have the old ones drain, or keep the old settings."""
         accepted = self.app.refresh()
         self.app.shared.reloaded(accepted=accepted)
         if not accepted:
             return
+        self._listen()
         super().reload()
         # `_on_reload` had made this 0; from here on it is the patience of a stop again.
         self.cfg.set("graceful_timeout", self.app.graceful_seconds)
@@ -53,15 +60,43 @@ class _Master(Arbiter):  # type: ignore[misc]
             self._wait_for_balancers(self.app.settings.drain.delay)
         super().stop(graceful)
 
+    def spawn_worker(self) -> int:
+        """Fork a worker that misses no signal of its start."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+        try:
+            pid: int = super().spawn_worker()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+        return pid
+
     def handle_int(self) -> None:
         """Ctrl-C drains, too; a second one does not wait (gunicorn's `stop`)."""
         self.handle_term()
 
+    def _listen(self) -> None:
+        """Listen on the addresses of the new settings, with the sockets of before where they stay.
+
+        gunicorn would bind all of them anew, and end: the workers of before still hold the old ones.
+        """
+        sockets = dict(zip(self.cfg.bind, self.LISTENERS, strict=True))
+        wanted = [str(address) for address in _addresses(self.app.settings)]
+        self.cfg.set("bind", [address for address in wanted if address not in sockets])
+        sockets |= zip(self.cfg.bind, create_sockets(self.cfg, self.log), strict=True)
+        self.cfg.set("bind", wanted)
+        self.LISTENERS = [sockets.pop(address) for address in wanted]
+        for left in sockets.values():
+            left.close()
+
     def _wait_for_balancers(self, seconds: float) -> None:
+        """Go on for so long, or until told to hurry; that a worker has ended is no reason to."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self.SIG_QUEUE.empty():
+        while time.monotonic() < end:
+            with suppress(queue.Empty):
+                number = self.SIG_QUEUE.get(timeout=0.1)
+                if number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+                    self.SIG_QUEUE.put(number)
+                    return
             self.murder_workers()
-            time.sleep(0.1)
 
 
 class RelayApplication(BaseApplication):  # type: ignore[misc]

@@ -13,7 +13,6 @@ import gc
 import os
 import signal
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -37,6 +36,10 @@ log = structlog.get_logger("relay.worker")
 BACKLOG = 2048
 #: A call leaves no cycles behind, so the collector may look seldom (the default is 700, 10, 10).
 GC_THRESHOLDS = (20_000, 20, 20)
+_TURN = 0.05
+#: Held back from the fork until the event loop runs: the master's handlers do nothing in a worker, and
+#: uvloop forgets what came before it ran. A worker that missed its stop would be waited for, then killed.
+HELD_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
 
 
 class RelayWorker(Worker):  # type: ignore[misc]
@@ -73,6 +76,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
         sys.exit(0)
 
     async def _serve(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         _prepare_metrics()
         from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
@@ -97,10 +101,12 @@ class RelayWorker(Worker):  # type: ignore[misc]
         self.booted = True
         self.shared.serves(self.generation)
         log.info("worker serves", pid=os.getpid(), mode=settings.mode)
-        await self._until_stopped(relay)
+        beating = self.loop.create_task(self._beat(relay))
+        await self.stop.wait()
         for server in listening:
             server.close()
         await drain(servers, settings.drain.timeout, settings.drain.idle_grace)
+        beating.cancel()
         relay.tick()
         await relay.pool.close()
         await runner.cleanup()
@@ -122,17 +128,15 @@ class RelayWorker(Worker):  # type: ignore[misc]
         )
         return listening
 
-    async def _until_stopped(self, relay: Relay) -> None:
-        """Once a second tell the master that this worker is alive; return when it was told to stop."""
-        while not self.stop.is_set():
+    async def _beat(self, relay: Relay) -> None:
+        """Once a second tell the master that this worker is alive, until it has drained; stop without one."""
+        while True:
             self.notify()
             relay.tick()
-            if self.ppid != os.getppid():
+            if self.ppid != os.getppid() and not self.stop.is_set():
                 log.warning("the master is gone; stopping", pid=os.getpid())
-                return
-            with suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self.stop.wait()
+                self.stop.set()
+            await asyncio.sleep(1.0)
 
 
 async def drain(servers: list[NodeServer], timeout: float, idle_grace: float) -> None:
@@ -145,20 +149,22 @@ async def drain(servers: list[NodeServer], timeout: float, idle_grace: float) ->
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
+    listened = 0.0
     for server in servers:
         server.front.draining = True
+    # What was accepted in this very turn of the loop is a connection in the next.
+    await asyncio.sleep(_TURN)
     while any(server.connections for server in servers):
-        passed = loop.time() - started
-        if passed > timeout:
+        if loop.time() - started > timeout:
             calls = sum(len(server.front.busy) for server in servers)
             log.warning("drain timed out; calls are cut", calls=calls, seconds=timeout)
             break
-        if passed > idle_grace:
+        if listened > idle_grace:
             for server in servers:
-                for connection in server.connections:
-                    if connection not in server.front.busy:
-                        connection.force_close()
-        await asyncio.sleep(0.05)
+                server.close_idle()
+        await asyncio.sleep(_TURN)
+        # Not the clock's time: a worker that got no processor has not listened to its nodes.
+        listened += _TURN
     for server in servers:
         await server.shutdown(0.1)
 

@@ -243,7 +243,11 @@ async def connect(port: int, *, receive_buffer: int | None = None, segment: int 
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     if segment is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
-    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    except BaseException:
+        sock.close()
+        raise
     return Peer(*await asyncio.open_connection(sock=sock, limit=READ_LIMIT))
 
 

@@ -99,6 +99,11 @@ class NodeConnection(web.RequestHandler):
             handshake_done(transport)
         super().connection_made(transport)
 
+    @property
+    def idle(self) -> bool:
+        """Whether neither a request is here nor one is being answered."""
+        return self._waiter is not None and not self._waiter.done()
+
     def data_received(self, data: bytes) -> None:
         """Parse the next bytes; should they be garbage, the body that they stand in ends with an error."""
         super().data_received(data)
@@ -213,6 +218,12 @@ class NodeServer(web.Server):
         super().__init__(_unused)
         self.front = front
         self.keepalive = keepalive
+
+    def close_idle(self) -> None:
+        """Close the connections on which no request is here."""
+        for connection in self.connections:
+            if isinstance(connection, NodeConnection) and connection.idle:
+                connection.force_close()
 
     def __call__(self) -> web.RequestHandler:
         """Return the protocol of one new connection."""
