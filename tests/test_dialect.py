@@ -207,7 +207,9 @@ def wished(reason: Reason, kind: Kind) -> Fate:
             return Fate.HEARS_NOTHING
         case Kind.LEAVE:
             return Fate.LEAVES
-        case Kind.FETCH | Kind.PUSH | Kind.CONFIRM if reason in LASTING:
+        case Kind.CONFIRM if reason in LASTING:
+            return Fate.BELIEVES_IT  # an empty answer is what a confirmation gets
+        case Kind.FETCH | Kind.PUSH if reason in LASTING:
             return Fate.GIVES_MESSAGE_UP
         case _:
             return Fate.RETRIES
@@ -300,9 +302,7 @@ def wished_of_rest(reason: Reason, kind: Kind) -> Fate:
             Kind.PUSH: Fate.GIVES_MESSAGE_UP,
             Kind.LEAVE: Fate.LEAVES,
         }.get(kind, Fate.RETRIES)
-    if kind is Kind.CONFIRM and reason in LASTING:
-        return Fate.BELIEVES_IT  # an empty answer is what a confirmation gets
-    if kind in (Kind.FETCH, Kind.CONFIRM):
+    if kind is Kind.FETCH:
         return Fate.RETRIES
     return wished(reason, kind)
 
@@ -362,6 +362,7 @@ def test_only_a_reason_that_wishes_it_makes_a_node_go() -> None:
 def test_an_empty_message_is_told_where_it_is_a_whole_answer_and_nowhere_else() -> None:
     assert {(wire, method) for (wire, _, method), cell in TABLE.items() if cell.answer == Empty()} == {
         (Wire.HTTP_V1, Method.PULL_MESSAGES),
+        (Wire.HTTP_V1, Method.CONFIRM_MESSAGE_RECEIVED),
         (Wire.REST_V0, Method.PULL_MESSAGES),
         (Wire.REST_V0, Method.CONFIRM_MESSAGE_RECEIVED),
     }
