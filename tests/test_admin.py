@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from relay import __version__, admin
 from relay.app import Relay
+from relay.exposition import exposition
 from relay.policies.metrics import stray
 from relay.shared import Shared
 
@@ -151,7 +152,7 @@ def value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], fl
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
 
     def value(start: str) -> float | None:
-        lines = [line for line in admin.exposition().decode().splitlines() if line.startswith(start)]
+        lines = [line for line in exposition().decode().splitlines() if line.startswith(start)]
         return float(lines[0].rpartition(" ")[2]) if lines else None
 
     return value
