@@ -57,22 +57,30 @@ def render() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, or with --check compare it: print the difference, and return 1 when there is one."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Write the page; see `publish`."""
+    return publish(PAGE, render(), "made from the settings", arguments)
+
+
+def publish(page: Path, wanted: str, source: str, arguments: list[str]) -> int:
+    """Write a page, or with --check compare it: print the difference, and return 1 when there is one.
+
+    Args:
+        page: its file.
+        wanted: its text as it should be.
+        source: what the text was made from, for the heading of a difference.
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(description=f"Write {page.name}.")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 when the page is stale"
     )
     check: bool = parser.parse_args(arguments).check
-    wanted = render()
     if not check:
-        PAGE.write_text(wanted, encoding="utf-8")
+        page.write_text(wanted, encoding="utf-8")
         return 0
-    present = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    present = page.read_text(encoding="utf-8") if page.exists() else ""
     difference = difflib.unified_diff(
-        present.splitlines(keepends=True),
-        wanted.splitlines(keepends=True),
-        str(PAGE),
-        "made from the settings",
+        present.splitlines(keepends=True), wanted.splitlines(keepends=True), str(page), source
     )
     sys.stdout.writelines(difference)
     return int(present != wanted)

@@ -5,7 +5,7 @@ docs/flower-compatibility.md). The rules below follow from these facts:
 
 HTTP v1 (flwr >= 1.40): 502, 503, 504 and a closed connection are retried for ever. 404, 413, 429 and
 500 end the node on a pull, drop the message in the object phase and kill the heartbeat thread. 401
-shuts the node down. 403 drops the message at hand, and kills the heartbeat thread.
+shuts the node down. 403 drops the message at hand, but not on a confirm, and kills the heartbeat thread.
 
 REST v0 (flwr 1.23 to 1.32): no status but 200 is survived on a pull, nor on register and activate; on
 an object fetch it makes the node stop polling. Only a closed connection is retried, except on a

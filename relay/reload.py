@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from relay.settings import Settings
 
 #: A worker is up in well under a second; a host that swaps may take longer.
@@ -36,10 +38,7 @@ def reload(settings: Settings) -> str:
         raise ReloadError(
             "pid_file is not set: set it, and restart the relay once so that it writes the file"
         )
-    try:
-        pid = int(settings.pid_file.read_text())
-    except (OSError, ValueError) as error:
-        raise ReloadError(f"no relay runs that wrote {settings.pid_file}: {error}") from error
+    pid = _master(settings.pid_file)
     before = _state(settings)
     try:
         os.kill(pid, signal.SIGHUP)
@@ -47,24 +46,52 @@ def reload(settings: Settings) -> str:
         raise ReloadError(f"process {pid} of {settings.pid_file}: {error.strerror}") from error
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        now = _state(settings)
-        if now["reloads_refused"] > before["reloads_refused"]:
-            raise ReloadError("the relay refused the settings and keeps the old ones; its log says why")
-        if now["serving"] > before["serving"]:
-            return f"generation {now['serving']} serves; the workers before it end when their calls have"
+        try:
+            now = _state(settings)
+        except ReloadError:
+            # A worker that ends may take a connection with it.
+            if not _lives(pid):
+                raise ReloadError(f"the relay (process {pid}) ended; its log says why") from None
+        else:
+            if now["reloads_refused"] > before["reloads_refused"]:
+                raise ReloadError("the relay refused the settings and keeps the old ones; its log says why")
+            # Not merely newer than what serves: a reload before this one may still be under way.
+            if now["serving"] > before["generation"]:
+                return f"generation {now['serving']} serves; the workers before it end when their calls have"
         time.sleep(0.1)
     raise ReloadError(f"no worker served the new settings within {PATIENCE:g} s; the relay's log says why")
 
 
-def _state(settings: Settings) -> dict[str, Any]:
+def _master(pid_file: Path) -> int:
+    try:
+        pid = int(pid_file.read_text())
+    except (OSError, ValueError) as error:
+        raise ReloadError(f"no relay runs that wrote {pid_file}: {error}") from error
+    if not 0 < pid < 1 << 31:
+        # 0 and below are whole groups of processes.
+        raise ReloadError(f"no relay runs that wrote {pid_file}: {pid} is no process")
+    return pid
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _state(settings: Settings) -> dict[str, int]:
     address = settings.admin.address
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - compared
     connection = http.client.HTTPConnection(host, address.port, timeout=5)
     try:
         connection.request("GET", "/readyz")
-        state: dict[str, Any] = json.loads(connection.getresponse().read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ReloadError(f"the admin port {address} does not answer: {error}") from error
+        said = json.loads(connection.getresponse().read())
+        return {name: int(said[name]) for name in ("generation", "serving", "reloads_refused")}
+    except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException) as error:
+        raise ReloadError(f"the admin port {address} does not answer as a relay's: {error!r}") from error
     finally:
         connection.close()
-    return state

@@ -7,6 +7,7 @@ import queue
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -17,6 +18,7 @@ import aiohttp.http_parser
 import structlog
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
+from gunicorn.pidfile import Pidfile
 from gunicorn.sock import create_sockets
 
 from relay import logs
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("relay.server")
 
+#: A worker that tells nothing of itself for so long is killed: sooner than nodes give a handshake with it up
+#: (30 s), which is for good. The next worker does the ones that were not begun, a reset ends the others.
+HUNG_SECONDS = 20
+
 _METRICS = "flwr-relay-metrics-"
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -41,6 +47,11 @@ class _Master(Arbiter):  # type: ignore[misc]
     """gunicorn's master with a reload that refuses bad settings, and a stop that is seen by health checks."""
 
     LISTENERS: list[Any]
+
+    def __init__(self, app: RelayApplication) -> None:
+        """Prepare to run `app`."""
+        self._leaving: set[int] = set()
+        super().__init__(app)
 
     def reload(self) -> None:
         """Start workers with the new settings and have the old ones drain, or keep the old settings."""
@@ -68,6 +79,25 @@ class _Master(Arbiter):  # type: ignore[misc]
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         return pid
+
+    def kill_worker(self, pid: int, sig: int) -> None:
+        """Send a signal to a worker, and remember who was told to leave."""
+        if sig == signal.SIGTERM:
+            self._leaving.add(pid)
+        super().kill_worker(pid, sig)
+
+    def manage_workers(self) -> None:
+        """Keep as many workers as were asked for; one that was told to leave takes no calls, and counts not.
+
+        gunicorn counts it: a new worker that dies would be missed for as long as an old one drains.
+        """
+        self._leaving &= self.WORKERS.keys()
+        staying = sorted(self.WORKERS.keys() - self._leaving, key=lambda pid: self.WORKERS[pid].age)
+        for pid in staying[: max(0, len(staying) - self.num_workers)]:
+            self.kill_worker(pid, signal.SIGTERM)
+        for _ in range(self.num_workers - len(staying)):
+            self.spawn_worker()
+            time.sleep(0.05)  # no faster, should they die as soon as they have begun
 
     def handle_int(self) -> None:
         """Ctrl-C drains, too; a second one does not wait (gunicorn's `stop`)."""
@@ -129,7 +159,7 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
             "worker_class": RelayWorker,
             "backlog": BACKLOG,
             "graceful_timeout": self.graceful_seconds,
-            "timeout": 60,
+            "timeout": HUNG_SECONDS,
             "errorlog": None,  # its lines go through ours
             # at debug it writes its whole configuration
             "loglevel": max(settings.log.level, "info", key=_LEVELS.index),
@@ -154,6 +184,7 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
             problems = [str(problem) for problem in error.problems]
         else:
             problems = list(_unbindable(set(_addresses(settings)) - set(_addresses(self.settings))))
+            problems += _taken(settings.pid_file)
         if problems:
             for problem in problems:
                 log.error("reload refused; the old settings stay", problem=problem)
@@ -164,6 +195,9 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until told to stop."""
+        for problem in _taken(self.settings.pid_file):
+            log.error("not started", problem=problem)
+            sys.exit(1)
         _Master(self).run()
 
 
@@ -220,6 +254,17 @@ def _unbindable(addresses: set[HostPort]) -> Iterator[str]:
                 probe.bind((address.host, address.port))
             except OSError as error:
                 yield f"{address} cannot be listened on: {error.strerror}"
+
+
+def _taken(pid_file: Path | None) -> Iterator[str]:
+    """Yield what is wrong with a pid file that another process has written; gunicorn would end for it."""
+    try:
+        pid = Pidfile(str(pid_file)).validate() if pid_file else None
+    except (OSError, OverflowError) as error:
+        yield f"{pid_file}: {error}"
+    else:
+        if pid not in (None, os.getpid()):
+            yield f"{pid_file} is the pid file of process {pid}"
 
 
 def _on_reload(master: Arbiter) -> None:

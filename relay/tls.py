@@ -64,6 +64,11 @@ def reset_unfinished_handshakes(listening: socket.socket) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
 
 
+def close_in_good_order(listening: socket.socket) -> None:
+    """Undo `reset_unfinished_handshakes`: the port may have been one for TLS before the last reload."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NORMAL_CLOSE)
+
+
 def handshake_done(transport: asyncio.BaseTransport) -> None:
     """Let this connection end in good order from now on."""
     connection = transport.get_extra_info("socket")

@@ -250,12 +250,12 @@ async def test_a_connection_that_was_idle_for_longer_than_was_set_is_not_used_ag
     chosen = {"UPSTREAM__KEEPALIVE": keepalive}
     async with Listener() as superlink, running(settings(superlink.port, **chosen)) as (port,):
         serving = asyncio.create_task(superlink.serve(response(), response()))
-        await ask(port, GET_RUN)
+        await ask(port, PULL)
         await asyncio.sleep(0.2)
         if connections == 2:
             serving.cancel()
             serving = asyncio.create_task(superlink.serve(response()))
-        await ask(port, GET_RUN)
+        await ask(port, PULL)
         await serving
         assert len(superlink.peers) == connections
 

@@ -19,6 +19,7 @@ back for as long as an ONLINE may last (2 heartbeat intervals of 30 s).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from typing import TYPE_CHECKING, ClassVar
@@ -46,6 +47,8 @@ _ACTIVATION_FAILED = 2004
 _STORED = encode_uint(1, 1)
 _AMBIGUOUS = frozenset({Reason.UPSTREAM_DOWN, Reason.UPSTREAM_TIMEOUT, Reason.UPSTREAM_BAD_ANSWER})
 
+#: Seconds between two attempts to push an object that the SuperLink does not hold.
+PAUSE = 1.0
 #: The head of a register or activate request holds the public key, about 215 bytes of PEM.
 _KEY_BYTES = 1024
 #: An error of a SuperLink is a short JSON object.
@@ -135,21 +138,26 @@ class Repair:
 
     async def _push(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         head = await call.payload.peek(PEEK_BYTES)
-        try:
-            reply = await next(call)
-        except Refusal as refusal:
-            if not _is_ambiguous(refusal):
-                raise
-            if await self._available(call, next, head):
-                return self._stored(call)
-            if not call.payload.replayable:
-                raise
-            reply = await next(call)
-        if reply.status == 200 and reply.payload.data is not None:
-            stored = uint(reply.payload.data, 1)
-            if not stored and await self._available(call, next, head):
-                return self._stored(call)
-        return reply
+        while True:
+            try:
+                reply = await next(call)
+            except Refusal as refusal:
+                if not _is_ambiguous(refusal):
+                    raise
+                if await self._available(call, next, head):
+                    return self._stored(call)
+                # Not stored: it is sent again, by us if it is at hand and in time, else by the node.
+                if not call.payload.replayable or time.monotonic() + PAUSE > call.deadline:
+                    raise Refusal(
+                        Reason.UPSTREAM_DOWN, refusal.detail, by=refusal.by, status=refusal.status
+                    ) from refusal
+                await asyncio.sleep(PAUSE)
+                continue
+            if reply.status == 200 and reply.payload.data is not None:
+                stored = uint(reply.payload.data, 1)
+                if not stored and await self._available(call, next, head):
+                    return self._stored(call)
+            return reply
 
     async def _available(self, call: Call, next: Handler, head: bytes) -> bool:  # noqa: A002
         """Ask the SuperLink, with this call's proof, whether it holds the object."""
@@ -236,7 +244,8 @@ class Repair:
 
 
 def _is_ambiguous(refusal: Refusal) -> bool:
-    return refusal.sent and refusal.reason in _AMBIGUOUS
+    failed = refusal.reason is Reason.UPSTREAM_REJECTED and (refusal.status or 0) >= 500
+    return refusal.sent and (failed or refusal.reason in _AMBIGUOUS)
 
 
 def _beside(call: Call, method: Method, request: bytes) -> Call:

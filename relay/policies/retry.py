@@ -33,10 +33,6 @@ DENIED = Counter("relay_retries_denied", "Repeats that the retry budget did not 
 #: the node's patience is gone, and the node asks again by itself.
 _PASSING = frozenset({Reason.UPSTREAM_DOWN, Reason.UPSTREAM_BAD_ANSWER, Reason.OVERLOADED})
 
-#: How often a call is repeated that the SuperLink itself failed with a 5xx (its database was locked, say).
-#: It answers the same way when the run is unknown, so asking for ever would keep the node from its work.
-_FAILED_REPEATS = 2
-
 
 class Budget:
     """How many repeats are allowed: a share of the calls, and a few per second in any case.
@@ -95,7 +91,7 @@ class Retry:
             except Refusal as refusal:
                 wait = random.uniform(0.0, min(self._cap, self._base * 2**repeats))  # noqa: S311 - jitter
                 in_time = time.monotonic() + wait < call.deadline
-                if not in_time or not may_repeat(call, refusal, repeats):
+                if not in_time or not may_repeat(call, refusal):
                     raise
                 if not self._budget.withdraw():
                     DENIED.labels(call.method.rpc).inc()
@@ -105,13 +101,12 @@ class Retry:
             await asyncio.sleep(wait)
 
 
-def may_repeat(call: Call, refusal: Refusal, repeats: int) -> bool:
+def may_repeat(call: Call, refusal: Refusal) -> bool:
     """Return whether the call may be sent once more after this refusal.
 
     Args:
         call: the call, as it is after the attempt.
         refusal: how the attempt ended.
-        repeats: how often it was repeated before.
     """
     whole = call.payload.replayable or not call.payload.passed
     if not refusal.sent:
@@ -119,5 +114,6 @@ def may_repeat(call: Call, refusal: Refusal, repeats: int) -> bool:
     if not call.method.repeatable or not call.payload.replayable:
         return False
     if refusal.reason is Reason.UPSTREAM_REJECTED:
-        return (refusal.status or 0) >= 500 and repeats < _FAILED_REPEATS
+        # A 5xx may be a locked database as well as a run that is gone: the node waits, then gives it up.
+        return (refusal.status or 0) >= 500
     return refusal.reason in _PASSING

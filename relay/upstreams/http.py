@@ -21,6 +21,8 @@ CONTENT_TYPE = b"application/protobuf"
 
 #: A declared answer of up to this size is awaited whole, so that a break in it is still a clean refusal.
 WHOLE = 64 * 1024
+#: Most bytes of longer answers that a worker awaits at a time; beyond that they are passed on as they come.
+AWAITED = 64 * 1024 * 1024
 
 _CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 
@@ -48,6 +50,7 @@ class HttpUpstream:
         passes: Mapping[int, Collection[Kind]],
         *,
         judging: bool = True,
+        whole: int = WHOLE,
     ) -> None:
         """Prepare the constant parts of each request.
 
@@ -57,10 +60,13 @@ class HttpUpstream:
             timeouts: how long to wait for an answer.
             passes: statuses besides 200 that mean something to a node, with the kinds they are passed for.
             judging: whether an answer that would end a node is refused; if not, any answer is passed on.
+            whole: longest answer, in bytes, that is awaited whole before a byte of it is passed on.
         """
         self.pool = pool
         self._timeouts = timeouts
         self._judging = judging
+        self._whole = whole
+        self._awaited = 0
         self._passes = {status: frozenset(kinds) for status, kinds in passes.items()}
         host = pool.target.authority.encode("ascii")
         self._start = {
@@ -86,13 +92,30 @@ class HttpUpstream:
         # The connection may carry another exchange as soon as its body was taken.
         status, content_type, headers = connection.status, connection.content_type, connection.headers
         try:
-            payload = await _payload(connection)
+            payload = await self._payload(connection)
             if self._judging:
                 self._check(call.method, status, content_type, payload.data)
         except BaseException:
             connection.close()
             raise
         return Reply(payload, Source.UPSTREAM, status=status, metadata=headers)
+
+    async def _payload(self, connection: Connection) -> Payload:
+        """Wrap the response body; a short one is awaited, so that a break in it becomes a refusal."""
+        body = connection.take()
+        if body is not None:
+            return Payload(body)
+        size = connection.size
+        payload = Payload(body=Rest(connection), size=size)
+        if size is not None and size <= WHOLE:
+            await payload.read(WHOLE)
+        elif size is not None and size <= self._whole and self._awaited + size <= AWAITED:
+            self._awaited += size
+            try:
+                await payload.read(size)
+            finally:
+                self._awaited -= size
+        return payload
 
     def _head(self, call: Call) -> bytes:
         size = call.payload.size
@@ -117,17 +140,6 @@ class HttpUpstream:
         raise Refusal(reason, f"{method.rpc} was answered {what}", by=self.pool.name, status=status)
 
 
-async def _payload(connection: Connection) -> Payload:
-    """Wrap the response body; a small one is awaited, so that it can still become a refusal."""
-    body = connection.take()
-    if body is not None:
-        return Payload(body)
-    payload = Payload(body=Rest(connection), size=connection.size)
-    if connection.size is not None and connection.size <= WHOLE:
-        await payload.read(WHOLE)
-    return payload
-
-
 def judge(
     method: Method, status: int, content_type: bytes, passes: dict[int, frozenset[Kind]]
 ) -> Reason | None:
@@ -145,10 +157,8 @@ def judge(
         without a relay, too; UPSTREAM_BAD_ANSWER for the rest, error pages with status 200 included.
     """
     if status == 200:
-        if content_type == CONTENT_TYPE:
-            return None
-        media_type = content_type.partition(b";")[0].strip().lower()
-        return None if media_type == CONTENT_TYPE else Reason.UPSTREAM_BAD_ANSWER
+        # To the letter: a legacy node does not take it with a parameter, and no SuperLink sends one.
+        return None if content_type == CONTENT_TYPE else Reason.UPSTREAM_BAD_ANSWER
     if method.kind in passes.get(status, ()):
         return None
     if status in (502, 503, 504):
@@ -163,13 +173,12 @@ def judge(
 def makes_sense(method: Method, data: bytes) -> bool:
     """Return whether a body may reach a node, of those that would end it if it did not parse.
 
-    Bytes that are no message end a node on a pull and an activation, and silence it on a heartbeat; an
-    activation without a node id has it ask as node 0, which the SuperLink answers with 401.
+    Measured (docs/flower-compatibility.md): bytes that are no message end or silence a node on every method
+    but the pushes and the ways out. An activation without a node id has it ask as node 0, which is
+    answered with 401; a run or an app without content ends it, too.
     """
     if method is Method.ACTIVATE_NODE:
         return bool(uint(data, 1)) and well_formed(data)
     if not data:
-        return True
-    if method.kind in (Kind.PULL, Kind.HEARTBEAT):
-        return well_formed(data)
-    return True
+        return method not in (Method.GET_RUN, Method.GET_FAB)
+    return method.kind in (Kind.PUSH, Kind.LEAVE) or well_formed(data)

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 PREFIX = "/v1/fleet/"
 
 #: 401 ends a node and only the SuperLink may wish that. 403 says that a run has ended; on a heartbeat it
-#: would silence the node, which the SuperLink does not mean. 412 refuses to register or activate a node:
-#: the node exits and says why, and asking again cannot help.
+#: would silence the node, and on a confirmation have it hold back its last reply, neither of which the
+#: SuperLink means. 412 refuses to register or activate a node: it exits and says why, and asking again
+#: cannot help.
 PASSES = {
     401: set(Kind),
-    403: {Kind.PULL, Kind.FETCH, Kind.PUSH, Kind.CONFIRM, Kind.LEAVE},
+    403: {Kind.PULL, Kind.FETCH, Kind.PUSH, Kind.LEAVE},
     412: {Kind.JOIN},
 }
 

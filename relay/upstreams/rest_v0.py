@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 PREFIX = "/api/v0/fleet/"
 
+#: A node does not survive an answer that breaks off after its head, so an object is awaited whole: Flower
+#: cuts arrays into pieces of 5 MiB.
+WHOLE = 8 * 1024 * 1024
+
 
 def upstream(pool: Pool, timeouts: Timeouts, *, judging: bool = True) -> HttpUpstream:
     """Return the handler for this SuperLink; it passes any answer on unless it is `judging`."""
-    return HttpUpstream(pool, PREFIX, timeouts, {}, judging=judging)
+    return HttpUpstream(pool, PREFIX, timeouts, {}, judging=judging, whole=WHOLE)

@@ -57,6 +57,7 @@ class Front:
         draining: set it, and each answer tells its node to connect anew.
         busy: connections on which a request is being answered.
         stray: counts what was no call.
+        idle_timeout: seconds after which a node that takes nothing of its answer is given up.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Front:
         """
         self._routes = routes
         self._receiver = receiver
-        self._idle_timeout = idle_timeout
+        self.idle_timeout = idle_timeout
         self.stray = on_stray
         self.draining = False
         self.busy: set[NodeConnection] = set()
@@ -94,12 +95,12 @@ class Front:
         path = request.message.path
         route = self._routes.get(path)
         if route is None:
-            # A query, or the absolute form that clients send to a proxy.
-            path = request.message.url.raw_path
+            # A query, or the absolute form that clients send to a proxy; a bare CONNECT has neither.
+            path = request.message.url.raw_path if request.message.url is not None else ""
             route = self._routes.get(path)
         if route is None or request.message.method != "POST":
             return self._no_call(request, path)
-        call = self._receiver.call(request, route.spec, route.method)
+        call = request.call = self._receiver.call(request, route.spec, route.method)
         reply: Reply | None = None
         try:
             await self._receive(request, call)
@@ -215,7 +216,7 @@ class Front:
         while (transport := _open_transport(request)).get_write_buffer_size() != waiting:
             waiting = transport.get_write_buffer_size()
             try:
-                async with asyncio.timeout(self._idle_timeout):
+                async with asyncio.timeout(self.idle_timeout):
                     await request.connection.drain()
                     return
             except TimeoutError:

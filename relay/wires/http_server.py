@@ -9,6 +9,7 @@ have them, and tests/wires/test_http_server.py would notice a change.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 from contextlib import suppress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from aiohttp.http_parser import RawRequestMessage
     from aiohttp.streams import StreamReader
 
+    from relay.call import Call
     from relay.wires.http import Front
 
 log = structlog.get_logger("relay.wires.http")
@@ -43,15 +45,17 @@ class NodeRequest:
         message: its head: `method`, `path`, `version`, `raw_headers`, `should_close`.
         content: its body.
         connection: where its answer goes.
+        call: what became of it, if it is one.
     """
 
-    __slots__ = ("connection", "content", "message")
+    __slots__ = ("call", "connection", "content", "message")
 
     def __init__(self, message: RawRequestMessage, content: StreamReader, connection: NodeConnection) -> None:
         """Hold the parts; nothing is copied."""
         self.message = message
         self.content = content
         self.connection = connection
+        self.call: Call | None = None
 
     @property
     def transport(self) -> asyncio.Transport | None:
@@ -59,8 +63,14 @@ class NodeRequest:
         return self.connection.transport
 
     def _cancel(self, error: BaseException) -> None:
-        """Called by aiohttp when the connection is lost: whoever reads the body must learn of it."""
+        """Called by aiohttp when the connection is lost: whoever reads the body must learn of it.
+
+        And nobody waits for the answer any more: a call that still stands in a queue, or before its repeat,
+        must not be sent. A pull would take a message from the SuperLink for nobody.
+        """
         self.content.set_exception(error)
+        if self.call is not None:
+            self.call.deadline = -math.inf
 
 
 class NodeConnection(web.RequestHandler):
@@ -99,6 +109,11 @@ class NodeConnection(web.RequestHandler):
             handshake_done(transport)
         super().connection_made(transport)
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Let go of the transport first: its descriptor may be another connection's soon."""
+        self.transport = None
+        super().connection_lost(exc)
+
     @property
     def idle(self) -> bool:
         """Whether neither a request is here nor one is being answered."""
@@ -116,9 +131,22 @@ class NodeConnection(web.RequestHandler):
 
     def force_close(self) -> None:
         """Close; within a call by a reset, since a FIN could pass for the end of its answer."""
+        transport = self.transport
         if self._request_in_progress:
             self.reset()
         super().force_close()
+        if transport is not None:
+            self._watch_close(transport, 0)
+
+    def _watch_close(self, transport: asyncio.Transport, before: int) -> None:
+        """Have a close come to its end, which waits for a node to take what is left of its answer."""
+        if self._manager is None:
+            return  # it has ended
+        left = transport.get_write_buffer_size()
+        if left and left == before:
+            _reset(transport)
+        elif left:
+            self._loop.call_later(self._front.idle_timeout, self._watch_close, transport, left)
 
     async def drain(self) -> None:
         """Wait until the node has taken enough of its answer. Raises ConnectionError when it is gone."""
@@ -128,13 +156,8 @@ class NodeConnection(web.RequestHandler):
 
     def reset(self) -> None:
         """End the connection with RST; by itself even `abort` ends one with FIN."""
-        if self.transport is None:
-            return
-        connection = self.transport.get_extra_info("socket")
-        if connection is not None:
-            with suppress(OSError):  # it may be closed already
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        self.transport.abort()
+        if self.transport is not None:
+            _reset(self.transport)
 
     async def start(self) -> None:
         """Answer one request after the other, until either side wants no more."""
@@ -153,8 +176,7 @@ class NodeConnection(web.RequestHandler):
             self.force_close()
         if not self._force_close:
             self._task_handler = None
-            if self.transport is not None:
-                self.transport.close()
+            self.force_close()
 
     async def _next(self) -> None:
         self._waiter = self._loop.create_future()
@@ -208,6 +230,14 @@ class NodeConnection(web.RequestHandler):
         self._next_keepalive_close_time = close_time
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(close_time, self._process_keepalive)
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        with suppress(OSError):  # it may be closed already
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    transport.abort()
 
 
 class NodeServer(web.Server):

@@ -43,6 +43,15 @@ def test_a_row_says_type_and_default(generate: ModuleType) -> None:
     assert "| `wire` | `http_v1` or `rest_v0` | `http_v1` | `RELAY_UPSTREAM__WIRE` | Wire" in page
     assert "| `format` | `json`, `console`, `auto` | `auto` | `RELAY_LOG__FORMAT` | `json` is" in page
     assert "| usable cores, at most 4 | `RELAY_WORKERS` |" in page
+    assert "| `key` | path | required | `RELAY_LISTENERS__0__TLS__KEY` | PEM" in page
+    assert "| `delay` | duration, or 0 | `0s` | `RELAY_DRAIN__DELAY` | How" in page
+    assert "| `enabled` | `true` or `false` | `true` | `RELAY_RETRY__ENABLED` | Whether" in page
+    assert "| `budget` | number, 0 to 1 | `0.2` | `RELAY_RETRY__BUDGET` | Repeats" in page
+    assert "| `floor` | number above 0 | `10` | `RELAY_RETRY__FLOOR` | Repeats" in page
+
+
+def test_a_section_that_may_be_left_out_is_on_the_page(generate: ModuleType) -> None:
+    assert "## `listeners[].tls`\n\nHow a port is encrypted." in generate.render()
 
 
 def test_the_problems_on_the_page_are_real(generate: ModuleType, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -86,6 +87,11 @@ def table() -> HostTable:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.policies.repair.PAUSE", 0.0)
 
 
 @pytest.fixture
@@ -218,9 +224,30 @@ async def test_a_lost_answer_to_a_push_is_told_from_what_the_superlink_holds(
 async def test_a_push_that_had_not_arrived_is_sent_again_if_it_still_can(
     make_call: MakeCall, repair: Repair
 ) -> None:
-    superlink = SuperLink(lost(), ok(EMPTY), ok(STORED))
+    failed = Refusal(Reason.UPSTREAM_REJECTED, status=500)
+    superlink = SuperLink(lost(), ok(EMPTY), failed, ok(EMPTY), ok(STORED))
     assert stored(await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), superlink))
-    assert superlink.methods == [Method.PUSH_OBJECT, Method.PULL_OBJECT, Method.PUSH_OBJECT]
+    pair = [Method.PUSH_OBJECT, Method.PULL_OBJECT]
+    assert superlink.methods == [*pair, *pair, Method.PUSH_OBJECT]
+
+
+async def test_a_push_is_given_back_to_its_node_when_its_time_is_up(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    failed = Refusal(Reason.UPSTREAM_REJECTED, status=500)
+    call = make_call(Method.PUSH_OBJECT, PUSH, deadline=time.monotonic())
+    with pytest.raises(Refusal) as caught:
+        await repair.handle(call, SuperLink(failed, ok(EMPTY)))
+    assert caught.value.reason is Reason.UPSTREAM_DOWN, "the node asks again, and keeps its reply"
+
+
+async def test_a_push_that_the_superlink_refuses_is_not_sent_again(
+    make_call: MakeCall, repair: Repair
+) -> None:
+    refusal = Refusal(Reason.UPSTREAM_REJECTED, status=413)
+    with pytest.raises(Refusal) as caught:
+        await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), SuperLink(refusal))
+    assert caught.value is refusal
 
 
 class Arriving:
@@ -242,7 +269,7 @@ async def test_a_long_push_that_had_not_arrived_is_the_nodes_to_repeat(
     refusal = lost()
     with pytest.raises(Refusal) as caught:
         await repair.handle(make_call(Method.PUSH_OBJECT, payload), SuperLink(refusal, ok(EMPTY)))
-    assert caught.value is refusal
+    assert caught.value.reason is Reason.UPSTREAM_DOWN
 
 
 async def test_a_stored_push_costs_nothing_more(make_call: MakeCall, repair: Repair) -> None:

@@ -12,6 +12,7 @@ import enum
 import json
 import math
 import time
+from collections.abc import Iterator
 
 import pytest
 from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
@@ -163,6 +164,13 @@ class FlowerNode:
             answer = await self.ask(Method.PUSH_OBJECT, request.SerializeToString())
             if not PushObjectResponse.FromString(answer).stored:
                 raise NodeGaveUpError(object_id)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_pauses() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relay.policies.repair.PAUSE", 0.0)
+        yield
 
 
 @settings(max_examples=300, deadline=None)

@@ -535,7 +535,7 @@ async def test_an_upstream_that_does_not_answer_is_given_up_in_time(dial: Dial, 
     started = asyncio.get_running_loop().time()
     with pytest.raises(Refusal) as caught:
         await watched.connection.exchange(EMPTY, Payload(), 0.05)
-    assert 0.04 < asyncio.get_running_loop().time() - started < 1
+    assert 0.04 < asyncio.get_running_loop().time() - started < 4
     assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
     await until(lambda: watched.lost == [watched.connection])
 
@@ -545,12 +545,11 @@ async def test_the_time_for_an_answer_starts_with_the_end_of_the_request(
 ) -> None:
     watched = await dial()
     pieces = Pieces(b"slow")
-    exchange = asyncio.ensure_future(watched.connection.exchange(CHUNKED, Payload(body=pieces), 0.1))
+    exchange = asyncio.ensure_future(watched.connection.exchange(CHUNKED, Payload(body=pieces), 0.5))
     peer = await upstream.accept()
-    await asyncio.sleep(0.15)
-    pieces.add(b"")
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.7)
     assert not exchange.done()
+    pieces.add(b"")
     await peer.message()
     peer.send(response())
     await exchange
@@ -579,10 +578,10 @@ async def test_an_informational_answer_does_not_stretch_the_time(dial: Dial, ups
 async def test_a_body_that_stalls_is_given_up_and_one_that_trickles_is_not(
     dial: Dial, upstream: Listener
 ) -> None:
-    watched = await dial(idle_timeout=0.1)
+    watched = await dial(idle_timeout=0.4)
     peer = await answered(watched, upstream, response(b"", size=10))
-    for _ in range(4):
-        await asyncio.sleep(0.05)
+    for _ in range(5):
+        await asyncio.sleep(0.1)
         peer.send(b"x")
         assert await watched.connection.read() == b"x"
     with pytest.raises(Refusal) as caught:
@@ -604,7 +603,7 @@ async def test_an_upstream_that_takes_an_upload_slowly_is_not_given_up(
     dial: Dial, upstream: Listener
 ) -> None:
     """256 uploads over one thin line are 256 slow ones."""
-    watched = await dial(idle_timeout=0.2)
+    watched = await dial(idle_timeout=0.5)
     size = 3 * MIB
     head = HEAD + b"content-length: %d\r\n\r\n" % size
     pieces = [b"x" * 65536] * (size // 65536)
@@ -614,9 +613,9 @@ async def test_an_upstream_that_takes_an_upload_slowly_is_not_given_up(
     peer = await upstream.accept()
     await peer.head()
     taken = 0
-    while taken < size // 2:  # 64 KiB in 50 ms: from high to low water takes 0.6 s
+    while taken < size // 2:  # 64 KiB in 80 ms: from high to low water takes 1 s
         taken += len(await peer.exactly(65536))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.08)
     assert not exchange.done()
     await peer.exactly(size - taken)
     peer.send(response())

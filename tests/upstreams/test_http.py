@@ -12,8 +12,8 @@ import pytest
 from relay.call import Payload, Source
 from relay.fleet import Kind, Method
 from relay.refusal import NodeGone, Reason, Refusal
-from relay.upstreams import http_v1
-from relay.upstreams.http import WHOLE, HttpUpstream, Timeouts, judge
+from relay.upstreams import http_v1, rest_v0
+from relay.upstreams.http import WHOLE, HttpUpstream, Timeouts, judge, makes_sense
 from tests.sockets import PATIENCE, CutError, chunked, response, until
 from tests.upstreams.conftest import body
 
@@ -125,7 +125,7 @@ async def test_each_method_is_asked_for_at_its_path(link: Link, make_call: MakeC
 async def test_a_small_declared_answer_is_at_hand_when_the_reply_is(
     link: Link, make_call: MakeCall, size: int
 ) -> None:
-    task, peer, _ = await link.asked(make_call(Method.GET_FAB))
+    task, peer, _ = await link.asked(make_call(Method.PUSH_MESSAGES))
     peer.send(response(b"x" * (size // 2), size=size))
     await asyncio.sleep(0.02)
     assert task.done() == (size == 0)
@@ -163,7 +163,7 @@ async def test_a_long_or_undeclared_answer_is_passed_on_while_it_comes(
 async def test_an_undeclared_answer_that_is_already_whole_gets_a_size(
     link: Link, make_call: MakeCall
 ) -> None:
-    reply = await link.answered(make_call(Method.GET_RUN), chunked(b"ab", b"c"))
+    reply = await link.answered(make_call(Method.PUSH_MESSAGES), chunked(b"ab", b"c"))
     assert reply.payload.data == b"abc"
     assert reply.payload.size == 3
 
@@ -190,7 +190,7 @@ async def test_a_cut_in_a_small_answer_is_a_refusal_and_in_a_long_one_breaks_the
 
 async def test_end_to_end_headers_come_back_as_they_were(link: Link, make_call: MakeCall) -> None:
     more = b"X-A: 1\r\nflwr-b: \xe9\r\nx-a: 2\r\nDate: today\r\nserver: uvicorn\r\n"
-    reply = await link.answered(make_call(Method.GET_RUN), response(b"", more=more))
+    reply = await link.answered(make_call(Method.PUSH_MESSAGES), response(b"", more=more))
     assert reply.metadata == [
         (b"Content-Type", PROTOBUF),
         (b"X-A", b"1"),
@@ -207,7 +207,7 @@ async def test_headers_of_this_hop_stay_here(link: Link, make_call: MakeCall) ->
         b"TE: trailers\r\nTrailer: x\r\nUpgrade: h2c\r\nProxy-Authenticate: Basic\r\nX-Request-Id: theirs\r\n"
         b"X-Hop2: 1\r\nconnection: x-hop2\r\nX-Stays: 1\r\n"
     )
-    reply = await link.answered(make_call(Method.GET_RUN), response(b"", more=more))
+    reply = await link.answered(make_call(Method.PUSH_MESSAGES), response(b"", more=more))
     assert reply.metadata == [(b"Content-Type", PROTOBUF), (b"X-Stays", b"1")]
 
 
@@ -220,7 +220,7 @@ GROUPS = {
     Kind.PULL: "pull",
     Kind.FETCH: "object",
     Kind.PUSH: "object",
-    Kind.CONFIRM: "object",
+    Kind.CONFIRM: "confirm",
 }
 DOWN, OVER, REJECTED, BAD = (
     Reason.UPSTREAM_DOWN,
@@ -230,7 +230,7 @@ DOWN, OVER, REJECTED, BAD = (
 )
 CLIENT_ERRORS = (400, 402, 404, 405, 408, 409, 410, 413, 415, 418, 422, 431, 451, 499)
 #: What becomes of each status, per group of methods, behind a SuperLink of HTTP v1: None is passed on.
-V1 = {
+V1: dict[int, dict[str, Reason | None]] = {
     200: {"join": None, "leave": None, "heartbeat": None, "pull": None, "object": None},
     401: {"join": None, "leave": None, "heartbeat": None, "pull": None, "object": None},
     403: {"join": BAD, "leave": None, "heartbeat": BAD, "pull": None, "object": None},
@@ -267,11 +267,21 @@ V1 = {
         for status in (201, 202, 204, 206, 299, 301, 302, 304, 307, 308)
     },
 }
+for _row in V1.values():
+    _row["confirm"] = _row["object"]
+# After a 403 on a confirmation a node holds its last reply back.
+V1[403]["confirm"] = REJECTED
 #: Behind a SuperLink of REST v0 no status but 200 is passed on.
 V0 = V1 | {
-    401: {"join": BAD, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED},
-    403: {"join": BAD, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED},
-    412: {"join": BAD, "leave": BAD, "heartbeat": BAD, "pull": BAD, "object": REJECTED},
+    status: {
+        "join": BAD,
+        "leave": BAD,
+        "heartbeat": BAD,
+        "pull": BAD,
+        "object": REJECTED,
+        "confirm": REJECTED,
+    }
+    for status in (401, 403, 412)
 }
 
 
@@ -287,15 +297,11 @@ def test_each_status_has_one_meaning_per_kind_of_method(
 
 @pytest.mark.parametrize(
     "content_type",
-    [
-        PROTOBUF,
-        b"Application/Protobuf",
-        b"application/protobuf; charset=utf-8",
-        b" application/protobuf ;x=y",
-    ],
+    [b"Application/Protobuf", b"application/protobuf; charset=utf-8", b" application/protobuf"],
 )
-def test_a_protobuf_type_is_known_in_any_spelling(content_type: bytes) -> None:
-    assert judge(Method.PULL_MESSAGES, 200, content_type, {}) is None
+def test_the_type_is_taken_to_the_letter_as_legacy_nodes_do(content_type: bytes) -> None:
+    assert judge(Method.PULL_MESSAGES, 200, PROTOBUF, {}) is None
+    assert judge(Method.PULL_MESSAGES, 200, content_type, {}) is Reason.UPSTREAM_BAD_ANSWER
 
 
 @pytest.mark.parametrize(
@@ -381,15 +387,14 @@ async def test_statuses_that_mean_something_are_passed_on_with_their_body(
 async def test_a_heartbeat_has_a_time_of_its_own(
     make_pool: MakePool, upstream: Listener, make_call: MakeCall, method: Method, shortest: bool
 ) -> None:
-    handler = http_v1.upstream(make_pool(), Timeouts(response=0.3, heartbeat=0.05))
+    handler = http_v1.upstream(make_pool(), Timeouts(response=1.0, heartbeat=0.05))
     started = time.monotonic()
     with pytest.raises(Refusal) as caught:
         await handler(make_call(method))
     assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
     assert caught.value.sent
     passed = time.monotonic() - started
-    assert (passed < 0.25) is shortest
-    assert passed < 1
+    assert (passed < 0.95) is shortest
 
 
 async def test_a_call_is_given_up_at_its_deadline(link: Link, make_call: MakeCall) -> None:
@@ -397,7 +402,7 @@ async def test_a_call_is_given_up_at_its_deadline(link: Link, make_call: MakeCal
     with pytest.raises(Refusal) as caught:
         await link.handler(make_call(Method.PULL_MESSAGES, deadline=started + 0.1))
     assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
-    assert 0.08 < time.monotonic() - started < 0.6
+    assert 0.08 < time.monotonic() - started < 4
 
 
 async def test_a_call_whose_deadline_has_passed_is_not_sent(link: Link, make_call: MakeCall) -> None:
@@ -527,3 +532,68 @@ async def test_many_calls_at_once_get_each_its_own_answer(
     await asyncio.gather(*(one(number) for number in range(300)))
     assert len(upstream.peers) == 5
     serving.cancel()
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "expected"),
+    [
+        (Method.PULL_MESSAGES, b"", True),
+        (Method.PULL_MESSAGES, b"<html>", False),
+        (Method.ACTIVATE_NODE, b"", False),
+        (Method.ACTIVATE_NODE, b"\x08\x07", True),
+        (Method.ACTIVATE_NODE, b"\x08\x00", False),
+        (Method.GET_RUN, b"", False),
+        (Method.GET_FAB, b"", False),
+        (Method.GET_FAB, b"\x0a\x00", True),
+        (Method.PULL_OBJECT, b"", True),
+        (Method.PULL_OBJECT, b"\x1a\xff", False),
+        (Method.SEND_NODE_HEARTBEAT, b"\x08\x01", True),
+        (Method.SEND_NODE_HEARTBEAT, b"{}", False),
+        (Method.PUSH_OBJECT, b"{}", True),
+        (Method.DEACTIVATE_NODE, b"{}", True),
+    ],
+)
+def test_a_body_makes_sense_if_its_node_lives_through_it(method: Method, data: bytes, expected: bool) -> None:
+    assert makes_sense(method, data) is expected
+
+
+async def test_no_more_than_a_bound_is_awaited_of_all_answers_together(
+    make_pool: MakePool, upstream: Listener, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.upstreams.http.AWAITED", 1_000_000)
+    link = Link(rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE)), upstream)
+    tasks, peers = [], []
+    for _ in range(3):
+        task, peer, _ = await link.asked(make_call(Method.PUSH_OBJECT))
+        peer.send(response(b"x", size=400_000))
+        tasks.append(task)
+        peers.append(peer)
+    replies = [await tasks[2]]  # the two before it have taken what there is
+    assert not tasks[0].done()
+    assert not tasks[1].done()
+    for peer in peers:
+        peer.send(b"y" * 399_999)
+    replies += [await tasks[0], await tasks[1]]
+    assert [reply.payload.data is None for reply in replies] == [True, False, False]
+    for reply in replies:
+        assert await whole(reply) == b"x" + b"y" * 399_999
+    assert link.handler._awaited == 0
+
+
+@pytest.mark.parametrize("how", ["cut", "cancelled", "whole"])
+async def test_what_was_awaited_is_given_back_however_it_ends(
+    make_pool: MakePool, upstream: Listener, make_call: MakeCall, how: str
+) -> None:
+    link = Link(rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE)), upstream)
+    task, peer, _ = await link.asked(make_call(Method.PUSH_OBJECT))
+    peer.send(response(b"x", size=400_000))
+    await until(lambda: link.handler._awaited == 400_000)
+    if how == "cut":
+        await peer.close()
+    elif how == "cancelled":
+        task.cancel()
+    else:
+        peer.send(b"y" * 399_999)
+    await asyncio.gather(task, return_exceptions=True)
+    assert link.handler._awaited == 0
+    await until(lambda: link.pool.state()["connections"] == len(link.pool._idle))

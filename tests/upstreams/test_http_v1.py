@@ -30,7 +30,6 @@ pytestmark = pytest.mark.timeout(10)
         (Method.PULL_MESSAGES, b"403 Forbidden"),
         (Method.GET_RUN, b"403 Forbidden"),
         (Method.PUSH_OBJECT, b"403 Forbidden"),
-        (Method.CONFIRM_MESSAGE_RECEIVED, b"403 Forbidden"),
         (Method.UNREGISTER_NODE, b"403 Forbidden"),
         (Method.REGISTER_NODE, b"412 Precondition Failed"),
         (Method.ACTIVATE_NODE, b"412 Precondition Failed"),
@@ -59,6 +58,7 @@ async def test_a_status_by_which_the_superlink_means_the_node_reaches_it(
     [
         (Method.SEND_NODE_HEARTBEAT, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
         (Method.ACTIVATE_NODE, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+        (Method.CONFIRM_MESSAGE_RECEIVED, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
         (Method.PULL_MESSAGES, b"412 Precondition Failed", Reason.UPSTREAM_BAD_ANSWER),
         (Method.PULL_OBJECT, b"500 Internal Server Error", Reason.UPSTREAM_REJECTED),
         (Method.PULL_MESSAGES, b"500 Internal Server Error", Reason.UPSTREAM_BAD_ANSWER),

@@ -56,3 +56,38 @@ async def test_no_other_status_reaches_the_node(
     of_a_message = method.kind in (Kind.FETCH, Kind.PUSH, Kind.CONFIRM)
     assert caught.value.reason is (Reason.UPSTREAM_REJECTED if of_a_message else Reason.UPSTREAM_BAD_ANSWER)
     await serving
+
+
+async def test_an_object_that_breaks_off_is_a_refusal_and_never_half_an_answer(
+    make_pool: Callable[..., Pool], upstream: Listener, make_call: Callable[..., Call]
+) -> None:
+    handler = rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    size = 5 * 1024 * 1024
+    task = asyncio.ensure_future(handler(make_call(Method.PULL_OBJECT, b"ask")))
+    peer = await upstream.accept()
+    await peer.message()
+    peer.send(response(b"\x08\x01" + b"x" * 1000, size=size))
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    await peer.close()
+    with pytest.raises(Refusal) as caught:
+        await task
+    assert caught.value.reason is Reason.UPSTREAM_DOWN
+    assert handler._awaited == 0
+
+
+async def test_what_is_awaited_whole_is_bounded(
+    make_pool: Callable[..., Pool],
+    upstream: Listener,
+    make_call: Callable[..., Call],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("relay.upstreams.http.AWAITED", 100_000)
+    handler = rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    task = asyncio.ensure_future(handler(make_call(Method.PULL_OBJECT, b"ask")))
+    peer = await upstream.accept()
+    await peer.message()
+    peer.send(response(b"\x08\x01", size=100_001))
+    reply = await task
+    assert reply.payload.data is None
+    reply.payload.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -113,6 +114,10 @@ class Served:
         """Return whether an ordinary call is still answered; for servers with the `echo` handler."""
         return (await self.ask(request(b"\x08\x01"))).body == b"\x08\x01"
 
+    def gone(self) -> bool:
+        """Return whether the server has noticed that all its nodes have left."""
+        return all(connection.transport is None for connection in self.server.connections)
+
     def outcomes(self) -> list[str]:
         return [ended.ending.outcome for ended in self.ended]
 
@@ -161,13 +166,16 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
         }
         forwarding = Forwarding([ipaddress.ip_network(network) for network in trusted])
         receiver = Receiver(forwarding, max_body, idle_timeout)
-        served.front = Front(
-            routes, receiver, idle_timeout=idle_timeout, on_stray=served.strays.append
-        )
+        served.front = Front(routes, receiver, idle_timeout=idle_timeout, on_stray=served.strays.append)
         served.server = NodeServer(served.front, keepalive)
         loop = asyncio.get_running_loop()
-        served.listening = await loop.create_server(served.server, "127.0.0.1", 0)
-        served.port = served.listening.sockets[0].getsockname()[1]
+        sock = socket.socket(proto=socket.IPPROTO_TCP)
+        # Inherited by what is accepted, so that what a slow node leaves lies with the relay.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        served.listening = await loop.create_server(served.server, sock=sock)
+        served.port = sock.getsockname()[1]
         made.append(served)
         return served
 

@@ -1,0 +1,173 @@
+"""A federation in one configuration of the matrix, with everything that the drills take hold of."""
+
+from __future__ import annotations
+
+import re
+import signal
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import psutil
+
+from drills import certificates
+from drills.evidence import AccessLog, Line, RelayLog
+from drills.matrix import Configuration, Edge, Setup
+from drills.nginx import Nginx
+from drills.proxy import FaultProxy
+from drills.strain import Entry
+from relay.demo.federation import Federation
+from relay.demo.processes import LOOPBACK, POLL, Process, reserve_port, wait_ready
+from relay.fleet import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from drills.certificates import Certificates
+
+
+NODES: Final = 2
+WORKERS: Final = 2
+RESTART_SECONDS: Final = 40.0  # for a relay's drain, which a SIGKILL must not end
+_NODE_ID: Final = re.compile(r"SuperNode ID: (\d+)")
+
+
+class Field:
+    """The federation, up and running within its `with` block.
+
+    Attributes:
+        configuration, setup: how it is built.
+        federation: SuperLink, relay and SuperNodes.
+        relay: the relay's process.
+        proxy: between relay and SuperLink.
+        entry: what the SuperNodes connect to.
+        edge: nginx, where there is one.
+        relay_log, access_log: what relay and SuperLink have written.
+        not_nodes: request ids of calls that a drill's own clients made.
+    """
+
+    def __init__(
+        self, configuration: Configuration, setup: Setup, flwr_bin: Path, *, keep: bool = False
+    ) -> None:
+        """Prepare it; entering the `with` block starts it."""
+        self.configuration, self.setup = configuration, setup
+        self.not_nodes: set[str] = set()
+        self._flwr_bin = flwr_bin
+        self._keep = keep
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as resources:
+            self._build(resources)
+            self.federation.up()
+            self._resources = resources.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+    def _build(self, resources: ExitStack) -> None:
+        behind_nginx = self.configuration.edge is Edge.NGINX
+        directory = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="flwr-drill-")))
+        made = certificates.make(directory) if self.configuration.tls else None
+        self.proxy = resources.enter_context(FaultProxy())
+        ports = [resources.enter_context(reserve_port()).getsockname()[1] for _ in range(2)]
+        self.federation = resources.enter_context(
+            Federation(
+                self._flwr_bin,
+                wire=self.configuration.wire,
+                nodes=NODES,
+                workers=WORKERS,
+                relay_config={
+                    "upstream": {"url": f"http://{LOOPBACK}:{self.proxy.port}"},
+                    "log": {"level": "debug"},
+                },
+                listener_config=_listener(made, behind_nginx=behind_nginx),
+                entry_port=ports[0] if behind_nginx else None,
+                root_certificates=made.authority if made else None,
+                superexec=self.setup is Setup.OUTSIDE,
+                superlink_log_level="DEBUG",
+                keep=self._keep,
+            )
+        )
+        federation = self.federation
+        assert federation.relay is not None
+        self.relay: Process = federation.relay
+        federation.superlink.argv += ["--database", str(federation.directory / "superlink.db")]
+        self.proxy.target = federation.ports.fleet
+        self.entry = Entry(
+            ports[0] if behind_nginx else federation.relay_port, made.authority if made else None
+        )
+        self.edge: Nginx | None = None
+        if behind_nginx:
+            (folder := directory / "edge").mkdir()
+            edge = Nginx(
+                folder, port=ports[0], status_port=ports[1], relay_port=federation.relay_port, tls=made
+            )
+            self.edge = resources.enter_context(edge)
+        self.relay_log = RelayLog(self.relay.log)
+        self.access_log = AccessLog(federation.superlink.log)
+
+    # -- what drills do -----------------------------------------------------------------------------
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the worker processes of the relay, oldest first."""
+        children: list[psutil.Process] = psutil.Process(self.relay.pid).children()
+        return sorted(children, key=lambda child: (child.create_time(), child.pid))
+
+    def end_apps(self) -> None:
+        """Kill what runs of a ServerApp that has no end of its own."""
+        owner = self.federation.superexec or self.federation.superlink
+        for child in psutil.Process(owner.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any("flwr-serverapp" in word for word in child.cmdline()):
+                    child.kill()
+
+    def restart_relay(self) -> None:
+        """Stop the relay as an operator does, wait for its end, and start it again."""
+        self.relay.stop(RESTART_SECONDS)
+        self.relay.start()
+        wait_ready([self.relay])
+
+    def hang_up(self) -> None:
+        """Have the relay reload."""
+        self.relay.send(signal.SIGHUP)
+
+    # -- what drills look at ------------------------------------------------------------------------
+
+    def node_ids(self) -> dict[str, int]:
+        """Return the id of each SuperNode by the name of its process."""
+        found = {}
+        for node in self.federation.supernodes:
+            ids = _NODE_ID.findall(node.output())
+            if ids:
+                found[node.name] = int(ids[-1])
+        return found
+
+    def wait_for(self, what: Callable[[Line], bool], timeout: float, *, since: float) -> bool:
+        """Wait until the relay's log has such a line of after `since`; return whether it has."""
+        end = time.monotonic() + timeout
+        while True:
+            if any(line.at > since and what(line) for line in self.relay_log.read()):
+                return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(2 * POLL)
+
+    def wait_for_objects(self, timeout: float, *, since: float | None = None) -> bool:
+        """Wait until a node fetches or pushes objects, which is when it has most to lose."""
+        busy = {Method.PULL_OBJECT.rpc, Method.PUSH_OBJECT.rpc}
+        after = time.time() if since is None else since
+        return self.wait_for(lambda line: line.fields.get("method") in busy, timeout, since=after)
+
+
+def _listener(made: Certificates | None, *, behind_nginx: bool) -> dict[str, Any]:
+    """Return the settings of the relay's listener: its own TLS, or trust in the nginx before it."""
+    if behind_nginx:
+        return {"trusted_proxies": [f"{LOOPBACK}/32"]}
+    return {"tls": {"certificate": str(made.certificate), "key": str(made.key)}} if made else {}

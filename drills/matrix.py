@@ -1,0 +1,94 @@
+"""The matrix of drills: in which configurations each is run, and why it is left out of the others."""
+
+import enum
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from relay.call import Wire
+
+
+class Edge(enum.Enum):
+    """What the SuperNodes connect to."""
+
+    DIRECT = "direct"
+    NGINX = "nginx"
+
+
+class Setup(enum.Enum):
+    """How the SuperLink runs. In each its state is in a database."""
+
+    OUTSIDE = "ServerApps are started by a SuperExec beside the SuperLink, and outlive it"
+    INSIDE = "ServerApps are children of the SuperLink, and die with it"
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One column of the matrix.
+
+    Attributes:
+        wire: what SuperNodes and SuperLink speak.
+        tls: whether SuperNodes use TLS. The SuperLink does not; nginx ends it where there is one.
+        edge: what the SuperNodes connect to.
+    """
+
+    wire: Wire
+    tls: bool
+    edge: Edge
+
+    def __str__(self) -> str:
+        return f"{self.wire.value}, {'TLS' if self.tls else 'plain'}, {self.edge.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a drill needs to make sense, and how the SuperLink runs in it.
+
+    Attributes:
+        tls: that nodes use it.
+        edge: what they connect to; None for either.
+        setup: of the SuperLink.
+        not_direct: why a wire cannot live through it without something before the relay.
+    """
+
+    tls: bool = False
+    edge: Edge | None = None
+    setup: Setup = Setup.OUTSIDE
+    not_direct: tuple[tuple[Wire, str], ...] = ()
+
+    def missing(self, configuration: Configuration) -> str | None:
+        """Return why a drill with these needs is left out of a configuration; None when it is not."""
+        if self.tls and not configuration.tls:
+            return "it is about TLS handshakes"
+        if self.edge is not None and self.edge is not configuration.edge:
+            return f"it is about {self.edge.value}"
+        if configuration.edge is Edge.DIRECT:
+            return dict(self.not_direct).get(configuration.wire)
+        return None
+
+
+def configurations(
+    wires: Sequence[Wire] = tuple(Wire),
+    tls: Sequence[bool] = (False, True),
+    edges: Sequence[Edge] = tuple(Edge),
+) -> list[Configuration]:
+    """Return every combination."""
+    return [Configuration(*chosen) for chosen in product(wires, tls, edges)]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A cell of the matrix that is not run."""
+
+    drill: str
+    configuration: Configuration
+    why: str
+
+
+def left_out(needs: Iterable[tuple[str, Needs]], columns: Sequence[Configuration]) -> Iterator[Left]:
+    """Yield every cell that makes no sense; `needs` are the drills' names with what they need."""
+    for name, need in needs:
+        for configuration in columns:
+            why = need.missing(configuration)
+            if why is not None:
+                yield Left(name, configuration, why)

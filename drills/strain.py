@@ -1,0 +1,155 @@
+"""Clients with bad manners, beside the nodes: they send half of what they should, or hardly read."""
+
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from relay.call import Wire
+from relay.demo.processes import LOOPBACK
+
+_SECONDS: Final = 10.0
+_SMALL_BUFFER: Final = 4096
+_PREFIX: Final = {Wire.HTTP_V1: "/v1/fleet/", Wire.REST_V0: "/api/v0/fleet/"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the SuperNodes connect to, and such clients, too.
+
+    Attributes:
+        port: of the loopback address.
+        authority: PEM file to check its certificate against; None where TLS is not used.
+    """
+
+    port: int
+    authority: Path | None
+
+    def connect(self, receive_buffer: int | None = None) -> socket.socket:
+        """Open a connection, TLS included; `receive_buffer` limits what the kernel holds of an answer."""
+        plain = self.connect_plain(receive_buffer)
+        return (
+            plain if self.authority is None else self._context().wrap_socket(plain, server_hostname=LOOPBACK)
+        )
+
+    def connect_plain(self, receive_buffer: int | None = None) -> socket.socket:
+        """Open a TCP connection and say nothing."""
+        client = socket.socket()
+        client.settimeout(_SECONDS)
+        if receive_buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect((LOOPBACK, self.port))
+        return client
+
+    def hello(self) -> bytes:
+        """Return the first bytes of a TLS handshake."""
+        outgoing = ssl.MemoryBIO()
+        session = self._context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=LOOPBACK)
+        try:
+            session.do_handshake()
+        except ssl.SSLWantReadError:
+            return outgoing.read()
+        raise AssertionError("a handshake cannot be over before its answer")
+
+    def _context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.authority)
+
+
+@contextmanager
+def half_requests(entry: Entry, wire: Wire, count: int) -> Iterator[list[socket.socket]]:
+    """Hold `count` connections open: half of them end in the head of a call, the others in its body."""
+    head = (
+        f"POST {_PREFIX[wire]}pull-messages HTTP/1.1\r\nhost: {LOOPBACK}\r\n"
+        "content-type: application/protobuf\r\ncontent-length: 1000\r\n\r\n"
+    ).encode("ascii")
+    with ExitStack() as stack:
+        clients = [stack.enter_context(entry.connect()) for _ in range(count)]
+        for number, client in enumerate(clients):
+            client.sendall(head[: len(head) // 2] if number % 2 else head + bytes(500))
+        yield clients
+
+
+@contextmanager
+def half_handshakes(entry: Entry, count: int) -> Iterator[list[socket.socket]]:
+    """Hold `count` connections open, each in the middle of its first TLS message."""
+    hello = entry.hello()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(entry.connect_plain()) for _ in range(count)]
+        for client in clients:
+            client.sendall(hello[: len(hello) // 2])
+        yield clients
+
+
+def count_answered(clients: Iterable[socket.socket]) -> int:
+    """Count the connections on which the other side has answered, or which it has closed."""
+    poll = select.poll()
+    for client in clients:
+        poll.register(client, select.POLLIN)
+    return len(poll.poll(0))
+
+
+class SlowReader:
+    """Makes a call and reads a byte of its answer a second, in a thread.
+
+    Attributes:
+        request_id: of the call, as the relay named it; "" before the head of the answer was there.
+        status: of the answer; 0 before.
+        size: length of its body.
+        read: bytes of the body that were read.
+        ended: seconds after which the other side closed; None while it has not.
+    """
+
+    def __init__(self, entry: Entry, request: bytes) -> None:
+        """Send the request and read the head of the answer. Raises OSError when that fails."""
+        self.request_id = ""
+        self.status = self.size = self.read = 0
+        self.ended: float | None = None
+        self._client = entry.connect(_SMALL_BUFFER)
+        try:
+            self._client.sendall(request)
+            self._head()
+        except OSError:
+            self._client.close()
+            raise
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="slow reader", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leave."""
+        self._stop.set()
+        self._thread.join(_SECONDS)
+        self._client.close()
+
+    def _head(self) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            byte = self._client.recv(1)
+            if not byte:
+                raise ConnectionError(f"no answer, but {head!r}")
+            head += byte
+        first, *lines = head.decode("latin-1").rstrip().split("\r\n")
+        self.status = int(first.split(" ")[1])
+        headers = dict(line.lower().split(": ", 1) for line in lines)
+        self.request_id = headers.get("x-request-id", "")
+        self.size = int(headers.get("content-length", 0))
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while not self._stop.wait(1.0) and self.read < self.size:
+            try:
+                byte = self._client.recv(1)
+            except TimeoutError:
+                continue
+            except OSError:
+                byte = b""
+            if not byte:
+                self.ended = time.monotonic() - start
+                return
+            self.read += 1

@@ -1,0 +1,92 @@
+"""The numbers that master and workers share: what one process writes, every other one reads."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from relay.shared import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def in_a_child(work: Callable[[], object]) -> None:
+    """Do `work` in a forked process, as the master's workers are."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 - a child must not come back into pytest
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0) == (child, 0)
+
+
+def numbers(shared: Shared) -> tuple[bool, int, int, int]:
+    return shared.stopping, shared.generation, shared.serving, shared.refused
+
+
+def test_a_new_relay_serves_its_first_settings() -> None:
+    assert numbers(Shared()) == (False, 0, 0, 0)
+
+
+def test_what_the_master_says_is_read_by_workers_that_were_forked_before() -> None:
+    shared = Shared()
+    told, heard = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(told[0], 1)
+        os.write(heard[1], bytes(numbers(shared)))
+        os._exit(0)
+    shared.stop()
+    shared.reloaded(accepted=True)
+    shared.reloaded(accepted=True)
+    shared.reloaded(accepted=False)
+    os.write(told[1], b".")
+    assert tuple(os.read(heard[0], 4)) == (True, 2, 0, 1)
+    os.waitpid(child, 0)
+    for end in (*told, *heard):
+        os.close(end)
+
+
+def test_what_a_worker_says_is_read_by_the_master() -> None:
+    shared = Shared()
+    shared.reloaded(accepted=True)
+    in_a_child(lambda: shared.serves(1))
+    assert numbers(shared) == (False, 1, 1, 0)
+
+
+def test_a_worker_of_old_settings_that_comes_late_does_not_take_back_that_newer_ones_serve() -> None:
+    shared = Shared()
+    shared.serves(3)
+    in_a_child(lambda: shared.serves(2))
+    assert shared.serving == 3
+
+
+def test_each_number_stands_for_itself() -> None:
+    shared = Shared()
+    for _ in range(300):  # more than a byte holds
+        shared.reloaded(accepted=True)
+    assert numbers(shared) == (False, 300, 0, 0)
+    for _ in range(260):
+        shared.reloaded(accepted=False)
+    shared.serves(299)
+    assert numbers(shared) == (False, 300, 299, 260)
+    shared.stop()
+    assert numbers(shared) == (True, 300, 299, 260)
+
+
+def test_relays_of_one_process_share_nothing() -> None:
+    one, other = Shared(), Shared()
+    one.stop()
+    one.reloaded(accepted=True)
+    one.table.put(b"node", 1)
+    assert numbers(other) == (False, 0, 0, 0)
+    assert other.table.get(b"node") is None
+
+
+def test_what_one_worker_remembers_of_a_node_is_known_to_the_others() -> None:
+    shared = Shared()
+    in_a_child(lambda: shared.table.put(b"node", 7))
+    assert shared.table.get(b"node") == 7
