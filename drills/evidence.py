@@ -4,7 +4,7 @@ import datetime as dt
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -119,6 +119,11 @@ def delivered(lines: Iterable[Line]) -> Counter[str]:
         for line in lines
         if line.event == "call" and line.fields["outcome"] == "ok" and line.fields["source"] == "upstream"
     )
+
+
+def by_method(paths: Mapping[str, int]) -> Counter[str]:
+    """Return counts of HTTP paths as counts of methods."""
+    return Counter({BY_PATH[path.rsplit("/", 1)[-1]].rpc: count for path, count in paths.items()})
 
 
 def refused(lines: Iterable[Line]) -> Counter[str]:

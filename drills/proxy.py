@@ -37,6 +37,8 @@ class FaultProxy:
         port: where it listens, on the loopback address.
         target: the port that it passes calls on to.
         hits: how many calls, or for REFUSED open connections, met each fault.
+        abandoned: calls by path that the relay left before it had the whole answer. The SuperLink may have
+            carried them out; it writes no line about an answer that nobody takes.
         broken: what went wrong in the proxy itself, which no drill wants.
     """
 
@@ -44,6 +46,7 @@ class FaultProxy:
         """Reserve the port; entering the `with` block starts to listen."""
         self.target = 0
         self.hits: Counter[Fault] = Counter()
+        self.abandoned: Counter[str] = Counter()
         self.broken: list[BaseException] = []
         self._resources = ExitStack()
         self.port: int = self._resources.enter_context(reserve_port()).getsockname()[1]
@@ -174,9 +177,11 @@ class _Carrier:
         self._proxy = proxy
         self._reader, self._writer = reader, writer
         self._upstream: _Streams | None = None
+        self._aborted = False
 
     def abort(self) -> None:
         """Reset both connections."""
+        self._aborted = True
         for writer in (self._writer, *([self._upstream[1]] if self._upstream else [])):
             if not writer.transport.is_closing():
                 # Without this, closing says FIN when nothing is left unread.
@@ -215,7 +220,8 @@ class _Carrier:
             size = 0
         writer.write(head)
         await _pump(self._reader, writer, size)
-        answer = await self._unless_left(reader.readuntil(b"\r\n\r\n"))
+        path = head.split(b" ", 2)[1].decode("ascii", "replace")
+        answer = await self._unless_left(path, reader.readuntil(b"\r\n\r\n"))
         size = body_size(answer, request=False)
         if wanted is not None:
             wanted.offer(head, size)
@@ -224,10 +230,19 @@ class _Carrier:
             await self._cut(reader, answer, cut_at(answer, size))
             return False
         self._writer.write(answer)
-        await _pump(reader, self._writer, size)
+        try:
+            await _pump(reader, self._writer, size)
+        except ConnectionError:
+            if self._writer.is_closing():
+                self._left(path)
+            raise
         return True
 
-    async def _unless_left(self, head: Coroutine[Any, Any, bytes]) -> bytes:
+    def _left(self, path: str) -> None:
+        if not self._aborted:  # it was the relay, then, and not a fault
+            self._proxy.abandoned[path] += 1
+
+    async def _unless_left(self, path: str, head: Coroutine[Any, Any, bytes]) -> bytes:
         """Return the head of the answer; raise ConnectionError when the relay leaves before it is there."""
         answering = asyncio.create_task(head)
         leaving = asyncio.create_task(self._reader.read(1))
@@ -235,8 +250,9 @@ class _Carrier:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 return answering.result()
-            if leaving.result():
+            if leaving.exception() is None and leaving.result():
                 raise UnknownFramingError("the relay sent a call before the last one was answered")
+            self._left(path)
             raise ConnectionResetError
         finally:
             for task in (answering, leaving):

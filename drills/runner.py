@@ -53,7 +53,9 @@ class Result:
             `answer lost` of its log.
         unclaimed: answers 200 in the SuperLink's access log less those that the relay's log says nodes
             got. More than `lost` where a worker was killed, a fault took the answer before the relay had it,
-            or the relay repeated a call.
+            or the relay repeated a call; less where the SuperLink saw that nobody would take its answer.
+        abandoned: calls by method that the relay left before it had the SuperLink's whole answer: its time was
+            up, or it was killed. The SuperLink may have carried them out.
         refused: calls that the relay refused, by reason.
         complaints: lines of the relay's log that should not be there whatever happens.
         extra_seconds: by how much the run took longer than an undisturbed one; None if it failed.
@@ -67,6 +69,7 @@ class Result:
     run: str = "complete"
     lost: Counter[str] = field(default_factory=Counter)
     unclaimed: Counter[str] = field(default_factory=Counter)
+    abandoned: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     complaints: list[str] = field(default_factory=list)
     extra_seconds: float | None = None
@@ -146,6 +149,7 @@ class Runner:
         result = Result(drill.name, ground.configuration)
         start = time.monotonic()
         before, lines = _unclaimed(ground), len(ground.relay_log.lines)
+        left = Counter(ground.proxy.abandoned)
         usable = False
         try:
             usable = self._on_a_run(ground, drill, normal, result)
@@ -156,6 +160,7 @@ class Runner:
         result.refused = evidence.refused(new)
         result.complaints = evidence.complaints(new, but=drill.noise)
         result.unclaimed = _unclaimed(ground) - before - (evidence.lost(new) - result.lost)
+        result.abandoned = evidence.by_method(ground.proxy.abandoned - left)
         result.problems += [f"the fault proxy broke: {error!r}" for error in ground.proxy.broken]
         result.seconds = time.monotonic() - start
         return result, usable

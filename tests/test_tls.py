@@ -373,6 +373,70 @@ def test_a_worker_that_hangs_is_replaced_before_nodes_give_their_handshakes_up(
         assert begun.ending()[1] == "reset"
 
 
+#: The relay with workers that are killed when they find a handshake done, or some turns of their loop later.
+KILLED_IN_TURN = """
+import os, signal, sys
+from pathlib import Path
+from relay import server
+from relay.settings import load
+from relay.wires.http_server import NodeConnection
+original = NodeConnection.connection_made
+def connection_made(self, transport):
+    original(self, transport)
+    die(TURN, self._loop)
+def die(turns, loop):
+    if turns == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loop.call_soon(die, turns - 1, loop)
+NodeConnection.connection_made = connection_made
+server.serve(lambda: load(Path(sys.argv[1]), {}))
+"""
+
+
+@pytest.mark.parametrize("turn", range(4))
+@each_version
+def test_a_worker_that_is_killed_as_a_handshake_ends_resets_it_or_has_sent_all_of_it(
+    tmp_path: Path, pair: Pair, version: str, turn: int
+) -> None:
+    """TLS 1.2 ends with a message of the server, which is not yet sent when it finds the handshake done."""
+    program = KILLED_IN_TURN.replace("TURN", str(turn))
+    with (
+        relay(tmp_path, pair, program=program) as process,
+        raw(process, trusting(pair[0], version)) as client,
+    ):
+        try:
+            client.finish()  # EOFError would be fatal
+            client.ending()
+        except ConnectionResetError:
+            pass
+        assert process.workers()
+
+
+def test_a_connection_that_came_before_the_first_worker_began_is_reset_as_well(
+    tmp_path: Path, pair: Pair
+) -> None:
+    process = RelayProcess(tmp_path, 1, workers=1)
+    encrypted = {"certificate": str(pair[0]), "key": str(pair[1])}
+    process.settings["listeners"] = [{"address": f"127.0.0.1:{process.port}", "tls": encrypted}]
+    try:
+        process.start(ready=False)
+        process.until(lambda: is_open(process.port))
+        with raw(process, trusting(pair[0])) as client:
+            assert process.count("worker serves") == 0
+            client.say_hello()
+            process.workers()[0].kill()
+            data, end = client.ending()
+            assert end == "reset"
+            assert no_alert(client, data)
+    finally:
+        process.end()
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 # -- after the handshake ----------------------------------------------------------------------------------
 
 

@@ -82,13 +82,16 @@ class RawClient:
         assert self.answer
 
     def finish(self) -> None:
-        """Do the whole handshake."""
+        """Do the whole handshake. Raises EOFError if the server closes in it, ConnectionResetError likewise."""
         while True:
             try:
                 self.tls.do_handshake()
             except ssl.SSLWantReadError:
                 self.socket.sendall(self._out.read())
-                self._in.write(self.socket.recv(65536))
+                piece = self.socket.recv(65536)
+                if not piece:
+                    raise EOFError from None
+                self._in.write(piece)
             else:
                 self.socket.sendall(self._out.read())
                 return

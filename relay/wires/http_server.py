@@ -3,7 +3,7 @@
 aiohttp's own loop makes a task, a writer, a request and a response object for each request; measured, that
 is a third of what a small call costs here. Its parser, flow control, keep-alive and shutdown stay in use.
 This module is the only one that reaches into aiohttp's internals; pyproject.toml pins the versions that
-have them, and tests/wires/test_http_server.py would notice a change.
+have them, and tests/wires/test_http.py would notice a change.
 """
 
 from __future__ import annotations
