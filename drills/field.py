@@ -149,15 +149,18 @@ class Field:
                 found[node.name] = int(ids[-1])
         return found
 
+    def find(self, what: Callable[[Line], bool], since: float = 0.0) -> Line | None:
+        """Return the first such line of the relay's log after `since`, if there is one."""
+        return next((line for line in self.relay_log.read() if line.at > since and what(line)), None)
+
     def wait_for(self, what: Callable[[Line], bool], timeout: float, *, since: float) -> bool:
         """Wait until the relay's log has such a line of after `since`; return whether it has."""
         end = time.monotonic() + timeout
-        while True:
-            if any(line.at > since and what(line) for line in self.relay_log.read()):
-                return True
+        while self.find(what, since) is None:
             if time.monotonic() > end:
                 return False
             time.sleep(2 * POLL)
+        return True
 
     def wait_for_objects(self, timeout: float, *, since: float | None = None) -> bool:
         """Wait until a node fetches or pushes objects, which is when it has most to lose."""

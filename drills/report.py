@@ -15,7 +15,29 @@ from drills.catalogue import DRILLS
 from drills.matrix import Left
 from drills.runner import Result
 
-_COLUMNS = ("drill", "wire", "tls", "edge", "survived", "run", "lost", "unclaimed", "extra s", "refused")
+_COLUMNS = (
+    "drill",
+    "wire",
+    "tls",
+    "edge",
+    "survived",
+    "run",
+    "lost",
+    "unclaimed",
+    "abandoned",
+    "extra s",
+    "refused",
+)
+_LEGEND = (
+    "survived: every SuperNode lives, polled and sent heartbeats after the fault, and the run ended with the",
+    "  arrays of an undisturbed run; where it may fail, the run after it did.",
+    "lost: calls whose answer the relay had from the SuperLink and no node got, by the relay's log.",
+    "unclaimed: answers of the SuperLink that no node got, by its own access log; more than lost where the",
+    "  fault took the answer before the relay had it, or the relay repeated a call or asked by itself.",
+    "abandoned: calls that the relay left before it had the SuperLink's whole answer: its time was up, or it",
+    "  was killed. The SuperLink may have carried them out.",
+    "extra s: against one undisturbed run of the same federation; on a busy machine it may be negative.",
+)
 
 
 def table_of(results: Sequence[Result]) -> Table:
@@ -36,6 +58,7 @@ def table_of(results: Sequence[Result]) -> Table:
             escape(result.run),
             _counted(result.lost) or "0",
             _counted(result.unclaimed) or "0",
+            _counted(result.abandoned) or "0",
             "-" if result.extra_seconds is None else f"{result.extra_seconds:+.1f}",
             _counted(result.refused),
         )
@@ -47,20 +70,8 @@ def show(
 ) -> None:
     """Print everything that people want to know."""
     console.print(table_of(results))
-    console.print(
-        "survived: every SuperNode lives, polled and sent heartbeats after the fault, and the run ended"
-    )
-    console.print("  with the arrays of an undisturbed run; where it may fail, the run after it did.")
-    console.print("lost: calls whose answer the relay had from the SuperLink and no node got.")
-    console.print(
-        "unclaimed: answers of the SuperLink that no node got, by its own access log; more than lost where"
-    )
-    console.print(
-        "  a worker was killed, the fault took the answer before the relay had it, or a call was repeated."
-    )
-    console.print(
-        "extra s: against one undisturbed run of the same federation; on a busy machine it may be negative."
-    )
+    for line in _LEGEND:
+        console.print(line, highlight=False)
     for result in results:
         for text in result.problems:
             console.print(
@@ -103,6 +114,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "run": result.run,
         "lost": dict(result.lost),
         "unclaimed": dict(result.unclaimed),
+        "abandoned": dict(result.abandoned),
         "refused": dict(result.refused),
         "complaints": result.complaints,
         "extra_seconds": result.extra_seconds,

@@ -54,8 +54,8 @@ class Result:
         unclaimed: answers 200 in the SuperLink's access log less those that the relay's log says nodes
             got. More than `lost` where a worker was killed, a fault took the answer before the relay had it,
             or the relay repeated a call; less where the SuperLink saw that nobody would take its answer.
-        abandoned: calls by method that the relay left before it had the SuperLink's whole answer: its time was
-            up, or it was killed. The SuperLink may have carried them out.
+        abandoned: calls by method that the relay left before it had the SuperLink's whole answer: its time
+            was up, or it was killed. The SuperLink may have carried them out.
         refused: calls that the relay refused, by reason.
         complaints: lines of the relay's log that should not be there whatever happens.
         extra_seconds: by how much the run took longer than an undisturbed one; None if it failed.

@@ -21,7 +21,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.pidfile import Pidfile
 from gunicorn.sock import create_sockets
 
-from relay import logs
+from relay import logs, tls
 from relay.settings import Settings, SettingsError
 from relay.shared import Shared
 from relay.worker import BACKLOG, HELD_SIGNALS, RelayWorker
@@ -52,6 +52,11 @@ class _Master(Arbiter):  # type: ignore[misc]
         """Prepare to run `app`."""
         self._leaving: set[int] = set()
         super().__init__(app)
+
+    def start(self) -> None:
+        """Listen."""
+        super().start()
+        self._choose_endings()
 
     def reload(self) -> None:
         """Start workers with the new settings and have the old ones drain, or keep the old settings."""
@@ -116,6 +121,15 @@ class _Master(Arbiter):  # type: ignore[misc]
         self.LISTENERS = [sockets.pop(address) for address in wanted]
         for left in sockets.values():
             left.close()
+        self._choose_endings()
+
+    def _choose_endings(self) -> None:
+        """Choose how connections end, before the first worker accepts one: they inherit it as they arrive."""
+        for listening, listener in zip(self.LISTENERS, self.app.settings.listeners, strict=False):
+            if listener.tls is not None:
+                tls.reset_unfinished_handshakes(listening.sock)
+            else:
+                tls.close_in_good_order(listening.sock)
 
     def _wait_for_balancers(self, seconds: float) -> None:
         """Go on for so long, or until told to hurry; that a worker has ended is no reason to."""

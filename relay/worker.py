@@ -115,12 +115,9 @@ class RelayWorker(Worker):  # type: ignore[misc]
         self, server: NodeServer, socket: socket.socket, listener: Listener
     ) -> asyncio.AbstractServer:
         context: ssl.SSLContext | None = None
-        if listener.tls is None:
-            tls.close_in_good_order(socket)
-        else:
+        if listener.tls is not None:
             section = listener.tls
             context = tls.server_context(section.certificate, section.key, section.minimum_version)
-            tls.reset_unfinished_handshakes(socket)
         listening: asyncio.AbstractServer = await self.loop.create_server(
             server,
             sock=socket,

@@ -17,6 +17,7 @@ import uvloop
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.settings import Listener
+from relay.tls import reset_unfinished_handshakes
 from relay.wires.forwarded import Forwarding
 from relay.wires.http import Front, Route
 from relay.wires.http_request import Receiver
@@ -155,6 +156,8 @@ class Served:
             server = NodeServer(front, self._keepalive)
             sock = socket.socket()
             sock.bind(("127.0.0.1", 0))
+            if self._listener.tls is not None:
+                reset_unfinished_handshakes(sock)  # as the master does
             worker = cast("RelayWorker", SimpleNamespace(loop=self.loop))
             self._listening.append(await RelayWorker._listen(worker, server, sock, self._listener))
             self.servers.append(server)

@@ -82,7 +82,7 @@ class RawClient:
         assert self.answer
 
     def finish(self) -> None:
-        """Do the whole handshake. Raises EOFError if the server closes in it, ConnectionResetError likewise."""
+        """Do the whole handshake. Raises EOFError or ConnectionResetError if the server ends it."""
         while True:
             try:
                 self.tls.do_handshake()

@@ -119,7 +119,6 @@ class Front:
             return self._drop(request)
         except asyncio.CancelledError:
             self._end(call, "cancelled", reply, lost=reply is not None)
-            self._drop(request)
             raise
         except Exception as error:
             # A bug of ours must not reach a node as a 500.

@@ -215,8 +215,6 @@ class NodeConnection(web.RequestHandler):
 
     async def _discard(self, content: StreamReader) -> bool:
         """Read the rest of a body that nobody wanted, so that the node gets to read its answer."""
-        if self.transport is None or self.transport.is_closing():
-            return False
         try:
             async with asyncio.timeout(LINGER):
                 while not self._force_close and not content.is_eof():

@@ -50,8 +50,9 @@ def test_every_drill_is_survived(results: list[Result]) -> None:
     assert {result.drill: result.problems for result in results if not result.survived} == {}
 
 
-def test_every_run_is_complete(results: list[Result]) -> None:
-    assert {result.run for result in results} == {"complete"}
+def test_every_run_that_may_not_fail_is_complete(results: list[Result]) -> None:
+    failed = {result.drill for result in results if result.run != "complete"}
+    assert {drill for drill in failed if not DRILLS[drill].may_fail} == set()
 
 
 def test_no_answer_is_lost_in_an_orderly_change(results: list[Result]) -> None:

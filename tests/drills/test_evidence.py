@@ -54,6 +54,11 @@ def test_counts() -> None:
     assert evidence.refused(lines) == Counter(upstream_down=2)
 
 
+def test_paths_are_methods() -> None:
+    paths = {"/v1/fleet/pull-object": 2, "/api/v0/fleet/get-run": 1}
+    assert evidence.by_method(paths) == Counter(PullObject=2, GetRun=1)
+
+
 def test_complaints() -> None:
     lines = [
         line("fine", "warning"),

@@ -25,6 +25,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         self.seen.append(self.path)
         answer = BIG if self.path == "/big" else body
+        if self.path == "/late":
+            time.sleep(0.3)
         self.send_response(200)
         self.send_header("content-length", str(len(answer)))
         self.end_headers()
@@ -146,6 +148,25 @@ def test_a_closed_port_refuses_and_resets(proxy: FaultProxy) -> None:
     assert proxy.hits[Fault.REFUSED] == 1
     proxy.set(Fault.NONE)
     assert post(proxy) == (200, b"hello")
+
+
+def test_a_relay_that_leaves_is_noted_and_its_call_carried_out(proxy: FaultProxy, seen: list[str]) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as client:
+        client.sendall(b"POST /late HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert proxy.abandoned == {"/late": 1}
+    assert seen == ["/late"]
+
+
+def test_a_closed_port_abandons_nothing(proxy: FaultProxy, seen: list[str]) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as client:
+        client.sendall(b"POST /late HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+        time.sleep(0.1)
+        proxy.set(Fault.REFUSED)
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert not proxy.abandoned
 
 
 def test_a_share_of_the_calls(proxy: FaultProxy) -> None:

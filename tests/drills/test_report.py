@@ -19,6 +19,7 @@ RESULTS = [
         problems=["supernode-1 ended with exit code 1"],
         lost=Counter(PullObject=2, GetRun=1),
         unclaimed=Counter(PullObject=3),
+        abandoned=Counter(PullMessages=1),
         refused=Counter(upstream_down=4),
         complaints=["error call failed {}"],
         extra_seconds=-0.04,
@@ -44,11 +45,11 @@ def test_a_row_for_each_result() -> None:
     ]
     assert rows[2] == [
         *("upstream-cuts", "http_v1", "off", "direct", "yes"),
-        *("failed: RuntimeError: [x] 1 of 2 replies", "0", "0", "-", ""),
+        *("failed: RuntimeError: [x] 1 of 2 replies", "0", "0", "0", "-", ""),
     ]
     assert rows[3] == [
         *("worker-killed", "rest_v0", "on", "nginx", "NO", "complete"),
-        *("1 GetRun, 2 PullObject", "3 PullObject", "-0.0", "4 upstream_down"),
+        *("1 GetRun, 2 PullObject", "3 PullObject", "1 PullMessages", "-0.0", "4 upstream_down"),
     ]
 
 
@@ -77,6 +78,7 @@ def test_json_has_it_all(tmp_path: Path) -> None:
         "run": "complete",
         "lost": {"PullObject": 2, "GetRun": 1},
         "unclaimed": {"PullObject": 3},
+        "abandoned": {"PullMessages": 1},
         "refused": {"upstream_down": 4},
         "complaints": ["error call failed {}"],
         "extra_seconds": -0.04,

@@ -794,3 +794,34 @@ async def test_a_retired_connection_ends_with_a_fin_and_an_aborted_one_at_once(
         await peer.rest()
         await until(lambda lost=watched.lost: len(lost) == 1)  # type: ignore[misc]
         assert not watched.connection.usable
+
+
+@pytest.mark.parametrize("unasked", [b"x", response(b"second")], ids=["byte", "response"])
+async def test_what_follows_the_last_piece_of_a_long_response_does_not_harm_it(
+    dial: Dial, upstream: Listener, unasked: bytes
+) -> None:
+    """The rest of a declared body passes around the parser."""
+    watched = await dial()
+    peer = await answered(watched, upstream, response(b"first,", size=10))
+    assert await watched.connection.read() == b"first,"
+    peer.send(b"last" + unasked)
+    assert await read_all(watched.connection) == b"last"
+    assert watched.freed == []
+    await until(lambda: watched.lost == [watched.connection])
+
+
+async def test_a_response_that_fills_the_buffer_with_its_last_byte_leaves_a_connection_that_reads(
+    dial: Dial, upstream: Listener
+) -> None:
+    watched = await dial()
+    connection = watched.connection
+    size = HIGH_WATER + 1000
+    peer = await answered(watched, upstream, response(bytes(size)))
+    await until(lambda: connection._response_done)
+    assert connection._paused_reading
+    assert len(connection.take() or b"") == size
+    exchange = asyncio.ensure_future(connection.exchange(EMPTY, Payload(), PATIENCE))
+    await peer.message()
+    peer.send(response(b"next"))
+    await exchange
+    assert connection.take() == b"next"
