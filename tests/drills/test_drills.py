@@ -13,7 +13,7 @@ from drills.runner import Result, Runner
 from relay.call import Wire
 
 # Two federations side by side take about three minutes; a loaded machine may take twice that.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.drill, pytest.mark.timeout(900)]
 
 CHOSEN = ("upstream-port-closed", "worker-killed", "reload-three-times", "relay-restarted")
 #: In these the relay has time to finish what it has begun.
