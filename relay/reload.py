@@ -39,7 +39,7 @@ def reload(settings: Settings) -> str:
             "pid_file is not set: set it, and restart the relay once so that it writes the file"
         )
     pid = _master(settings.pid_file)
-    before = _state(settings)
+    before = _first_state(settings)
     try:
         os.kill(pid, signal.SIGHUP)
     except OSError as error:
@@ -81,6 +81,15 @@ def _lives(pid: int) -> bool:
     except OSError:
         pass
     return True
+
+
+def _first_state(settings: Settings) -> dict[str, int]:
+    try:
+        return _state(settings)
+    except ReloadError:
+        # As below: a worker that ends because of another reload may have taken the connection with it.
+        time.sleep(0.1)
+        return _state(settings)
 
 
 def _state(settings: Settings) -> dict[str, int]:

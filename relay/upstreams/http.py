@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Kind, Method
 from relay.refusal import Reason, Refusal
-from relay.upstreams.connection import Connection, Rest
+from relay.upstreams.rest import Rest
 from relay.wireformat import uint, well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from relay.upstreams.connection import Connection
     from relay.upstreams.pool import Pool
 
 CONTENT_TYPE = b"application/protobuf"

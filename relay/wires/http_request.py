@@ -183,10 +183,9 @@ def _fault(content_type: bytes, taken: dict[bytes, bytes], size: int | None, lim
     """Return what is wrong with the head of a call, if anything is."""
     if content_type.partition(b";")[0].strip().lower() != CONTENT_TYPE:
         return Refusal(Reason.MALFORMED, f"content-type {content_type.decode('latin-1')!r}", by="wire")
-    if taken.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
-        return Refusal(
-            Reason.MALFORMED, f"coded as {taken[b'transfer-encoding'].decode('latin-1')!r}", by="wire"
-        )
+    coding = taken.get(b"transfer-encoding", b"chunked")
+    if coding.strip().lower() != b"chunked":
+        return Refusal(Reason.MALFORMED, f"coded as {coding.decode('latin-1')!r}", by="wire")
     if b"upgrade" in taken:
         return Refusal(Reason.MALFORMED, f"upgrade to {taken[b'upgrade'].decode('latin-1')!r}", by="wire")
     if size is not None and size > limit:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 import uvloop
 
+from relay import dialect
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.upstreams import http_v1 as upstream_http_v1
@@ -231,3 +232,29 @@ async def relayed(
             return Relayed(served, upstream, pool)
 
         yield relayed
+
+
+async def check_rendering(node: Peer, expected: dialect.Answer, *, keeps: bool = True) -> Message | None:
+    """Check that the next thing on the connection is `expected`, and what becomes of the connection."""
+    match expected:
+        case dialect.Empty() | dialect.Hold():
+            answer = await node.message()
+            assert answer.start == b"HTTP/1.1 200 OK"
+            assert answer.one(b"content-type") == b"application/protobuf"
+            assert answer.one(b"content-length") == b"0"
+            assert answer.body == b""
+        case dialect.Status(code):
+            answer = await node.message()
+            assert answer.status == code
+            assert answer.one(b"content-type").startswith(b"text/plain")
+            assert len(answer.body) < 40
+        case dialect.Drop():
+            assert await node.rest() == (b"", "reset")
+            return None
+    assert answer.one(b"x-request-id")
+    assert answer.all(b"connection") == ([] if keeps else [b"close"])
+    if keeps:
+        assert await node.is_silent(0.01)
+    else:
+        assert await node.rest() == (b"", "closed")
+    return answer
