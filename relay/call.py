@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -183,6 +184,39 @@ class Payload:
             raise ViewError(f"a policy that sees {self.allowed.name} looked at {view.name}")
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a caller has proved to be; what limits, caches, audit and metrics go by.
+
+    Attributes:
+        name: of the key, certificate or node; unique in its tenant.
+        tenant: the group that shares limits and caches; "" if there is one only.
+        labels: what the operator wrote beside the credential.
+        by: the credentials that proved it, for example ("api_key", "node_signature").
+    """
+
+    name: str
+    tenant: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    by: tuple[str, ...] = ()
+
+
+class Certificate(NamedTuple):
+    """A client certificate that was verified, by our TLS or by that of a proxy that we believe.
+
+    Attributes:
+        subject: RFC 4514 distinguished name.
+        names: subject alternative names, as `DNS:...`, `URI:...`, `IP:...` or `email:...`.
+        fingerprint: lower-case hex SHA-256 of its DER form; "" if a proxy did not say.
+        serial: lower-case hex serial number without leading zeros; "" if a proxy did not say.
+    """
+
+    subject: str
+    names: tuple[str, ...] = ()
+    fingerprint: str = ""
+    serial: str = ""
+
+
 class Call:
     """One call of one node, from the wire that brought it to the upstream that answers it.
 
@@ -194,12 +228,16 @@ class Call:
         request_id: the id that is returned to the node and sent upstream.
         started, deadline: `time.monotonic()` in seconds: when it came, and when its node gives up.
         fault: what the wire found wrong with it; the policy `validate` refuses it for that.
+        certificate: the caller's, if it showed one.
+        identity: who the caller is, once the policy `auth` has found out; None where it is not asked.
     """
 
     __slots__ = (
         "_endings",
+        "certificate",
         "deadline",
         "fault",
+        "identity",
         "metadata",
         "method",
         "payload",
@@ -221,6 +259,7 @@ class Call:
         started: float,
         deadline: float,
         fault: Refusal | None = None,
+        certificate: Certificate | None = None,
     ) -> None:
         self.method = method
         self.wire = wire
@@ -231,6 +270,8 @@ class Call:
         self.started = started
         self.deadline = deadline
         self.fault = fault
+        self.certificate = certificate
+        self.identity: Identity | None = None
         self._endings: list[Callable[[Call, Ending], None]] = []
 
     def on_end(self, tell: Callable[[Call, Ending], None]) -> None:
