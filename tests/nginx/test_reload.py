@@ -213,3 +213,33 @@ async def test_restarts_of_relays(start_edge: StartEdge, tmp_path: Path) -> None
         assert (tally.lost, tally.reset, tally.refused) == (Counter(), [], 0)
         assert tally.answered > 1000
         assert set(seen.values()) == {1}
+
+
+@pytest.mark.timeout(180)
+async def test_three_reloads_of_a_relay(start_edge: StartEdge, tmp_path: Path) -> None:
+    """20,000 calls and more through nginx: each is answered, and reaches the SuperLink once."""
+    async with superlink() as (port, seen):
+        relay = RelayProcess(tmp_path, port, workers=2, drain={"idle_grace": 5, "timeout": 20})
+        with relay:
+            edge = start_edge(relay.port)
+            tally = Tally()
+            nodes = [Node(edge.port, f"node-{number}", tally) for number in range(16)]
+            async with asyncio.TaskGroup() as group:
+                for node in nodes:
+                    group.create_task(node.run())
+                for turn in range(1, 4):
+                    old = {worker.pid for worker in relay.workers()}
+                    relay.signal(signal.SIGHUP)
+                    await asyncio.to_thread(
+                        relay.until, lambda turn=turn: relay.count("worker serves") == 2 + 2 * turn
+                    )
+                    await asyncio.to_thread(relay.until, lambda: len(relay.workers()) == 2, 60)
+                    assert old.isdisjoint(worker.pid for worker in relay.workers())
+                while tally.answered < 20_000:
+                    await asyncio.sleep(0.05)
+                for node in nodes:
+                    node.stopped = True
+            assert relay.complaints() == []
+        assert (tally.lost, tally.reset, tally.refused) == (Counter(), [], 0)
+        assert tally.answered == seen.total()
+        assert set(seen.values()) == {1}
