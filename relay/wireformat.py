@@ -5,12 +5,14 @@ Encoding: https://protobuf.dev/programming-guides/encoding
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_DOUBLE = struct.Struct("<d")
 
 
 class TruncatedError(Exception):
@@ -62,6 +64,32 @@ def uint(data: bytes, number: int) -> int | None:
         return next((v for n, v in fields(data) if n == number and isinstance(v, int)), None)
     except TruncatedError:
         return None
+
+
+def double(data: bytes, number: int) -> float | None:
+    """Return the double field `number`, None if it is absent or the bytes break off before it."""
+    at, end = 0, len(data)
+    try:
+        while at < end:
+            tag, at = _varint(data, at)
+            wire_type = tag & 7
+            if wire_type == _VARINT:
+                _, at = _varint(data, at)
+            elif wire_type == _LENGTH:
+                size, at = _varint(data, at)
+                at += size
+            elif wire_type == _FIXED32:
+                at += 4
+            elif wire_type != _FIXED64 or at + 8 > end:
+                return None
+            elif tag >> 3 == number:
+                value: float = _DOUBLE.unpack_from(data, at)[0]
+                return value
+            else:
+                at += 8
+    except TruncatedError:
+        pass
+    return None
 
 
 def encode_uint(number: int, value: int) -> bytes:

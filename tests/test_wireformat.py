@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PullMessagesResponse
-from flwr.proto.message_pb2 import Message, PullObjectRequest
+from flwr.proto.message_pb2 import Message, Metadata, PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.wireformat import TruncatedError, encode_bytes, encode_uint, fields, uint, well_formed
+from relay.wireformat import (
+    TruncatedError,
+    double,
+    encode_bytes,
+    encode_uint,
+    fields,
+    uint,
+    well_formed,
+)
 
 UINT64 = st.integers(min_value=0, max_value=2**64 - 1)
 
@@ -63,3 +71,23 @@ def test_what_is_no_message_is_not_well_formed(data: bytes) -> None:
 def test_any_bytes_are_judged_without_an_error(data: bytes) -> None:
     well_formed(data)
     uint(data, 1)
+
+
+@given(
+    run=UINT64, group=st.text(max_size=200), ttl=st.floats(min_value=0.5), created=st.floats(min_value=0.5)
+)
+def test_a_double_that_the_library_wrote_is_read(run: int, group: str, ttl: float, created: float) -> None:
+    data = Metadata(run_id=run, group_id=group, ttl=ttl, created_at=created).SerializeToString()
+    assert (double(data, 7), double(data, 9), double(data, 8)) == (ttl, created, None)
+
+
+@given(st.binary(max_size=40))
+def test_a_double_is_looked_for_in_any_bytes(data: bytes) -> None:
+    value = double(data, 1)
+    assert value is None or isinstance(value, float)
+
+
+def test_a_double_that_is_cut_is_none() -> None:
+    data = Metadata(ttl=3.5).SerializeToString()
+    assert double(data, 7) == 3.5
+    assert [double(data[:size], 7) for size in range(len(data))] == [None] * len(data)
