@@ -1,0 +1,123 @@
+"""Lists in text files: one entry a line, `#` begins a comment line, empty lines count for nothing.
+
+People and configuration management may write them, and the command line does (`edit`): under a lock, as a new
+file that replaces the old one in one step, with its owner and mode. `parse` is what each kind of list builds
+on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import IO
+
+    T = TypeVar("T")
+
+#: Longest file that is read: more than 50,000 entries.
+MOST_BYTES = 16 << 20
+#: Mode of a file that did not exist: others, such as the relay's user, may read it.
+_NEW_MODE = 0o644
+
+
+class ListError(Exception):
+    """A list, or an entry for one, cannot be used. The text names the line and what would be right."""
+
+
+def parse(text: str, entry: Callable[[str], T]) -> Iterator[tuple[int, T]]:
+    """Yield the number and the entry of each line that holds one.
+
+    Raises:
+        ListError: `entry` raised ValueError for a line, with what would be right.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        stripped = line.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        try:
+            yield number, entry(stripped)
+        except ValueError as error:
+            raise ListError(f"line {number}: {error}") from None
+
+
+def read(path: Path) -> str:
+    """Return the text of a list.
+
+    Raises:
+        ListError: it is too long, or no text.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ListError(f"is longer than {MOST_BYTES >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ListError(f"byte {error.start} is not UTF-8: it must be a text file") from None
+
+
+def edit(path: Path, change: Callable[[str], str]) -> None:
+    """Replace the text of a list (that of an absent one is "") by what `change` makes of it.
+
+    Two that edit at once wait for each other. What `change` raises passes, and changes nothing.
+
+    Raises:
+        ListError: see `read`.
+        OSError: it cannot be read or written.
+    """
+    with _locked(path.parent):
+        try:
+            text, status = read(path), path.stat()
+        except FileNotFoundError:
+            text, status = "", None
+        changed = change(text)
+        if changed == text and status is not None:
+            return
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(changed.encode())
+                _dress(file, status)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def _dress(file: IO[bytes], status: os.stat_result | None) -> None:
+    """Give the new file mode and owner of the old one; a user other than root keeps the owner it has."""
+    os.fchmod(file.fileno(), status.st_mode & 0o777 if status else _NEW_MODE)
+    if status is not None:
+        with suppress(PermissionError):
+            os.fchown(file.fileno(), status.st_uid, status.st_gid)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Be the only one who edits in this directory. The kernel ends the lock with the process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def with_line(text: str, line: str) -> str:
+    """Return `text` with a line at its end."""
+    return f"{text}{'' if not text or text.endswith(chr(10)) else chr(10)}{line}\n"
+
+
+def without_lines(text: str, numbers: set[int]) -> str:
+    """Return `text` without the lines of these numbers, which count from 1."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for number, line in enumerate(lines, 1) if number not in numbers)

@@ -1,0 +1,95 @@
+"""Lists are edited without a loss, whoever edits at the same time, and keep what people wrote into them."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.stores import lists
+from relay.stores.lists import ListError, edit, parse, read, with_line, without_lines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def number(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("must be a number")
+    return int(text)
+
+
+def test_lines_with_entries_are_numbered_as_they_stand() -> None:
+    assert list(parse("# first\n\n 1 \n2\n   # no\n3", number)) == [(3, 1), (4, 2), (6, 3)]
+    with pytest.raises(ListError, match="line 2: must be a number"):
+        list(parse("1\nx\n", number))
+
+
+def test_a_line_is_added_and_taken_away_and_the_others_stay() -> None:
+    assert with_line("", "a") == "a\n"
+    assert with_line("# c\na", "b") == "# c\na\nb\n"
+    assert with_line("a\n", "b") == "a\nb\n"
+    assert without_lines("# c\na\nb\n\nd", {2, 4}) == "# c\nb\nd"
+
+
+def test_a_list_that_is_not_there_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    edit(path, lambda text: with_line(text, "1"))
+    assert path.read_text() == "1\n"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_mode_and_owner_stay_and_the_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_text("1\n")
+    path.chmod(0o640)
+    before = path.stat()
+    with path.open() as reader:
+        edit(path, lambda text: with_line(text, "2"))
+        assert reader.read() == "1\n", "who reads meanwhile sees the old list"
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert after.st_ino != before.st_ino
+
+
+def test_a_change_that_raises_or_changes_nothing_touches_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_text("1\n")
+    before = path.stat()
+
+    def refuse(_: str) -> str:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        edit(path, refuse)
+    edit(path, lambda text: text)
+    assert path.stat().st_ino == before.st_ino
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_edits_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+
+    def add(first: int) -> None:
+        for value in range(first, first + 10):
+            edit(path, lambda text, line=str(value): with_line(text, line))  # type: ignore[misc]
+
+    threads = [threading.Thread(target=add, args=(start,)) for start in (0, 10, 20, 30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(value for _, value in parse(path.read_text(), number)) == list(range(40))
+
+
+def test_what_is_no_text_or_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "list"
+    path.write_bytes(b"1\n\xff\n")
+    with pytest.raises(ListError, match="byte 2 is not UTF-8"):
+        read(path)
+    monkeypatch.setattr(lists, "MOST_BYTES", 1 << 20)
+    path.write_bytes(b"1" * ((1 << 20) + 1))
+    with pytest.raises(ListError, match="is longer than 1 MiB"):
+        read(path)
