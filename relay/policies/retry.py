@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from prometheus_client import Counter
 
+from relay import dialect
 from relay.call import Call, Reply, View
+from relay.fleet import Kind
 from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ DENIED = Counter("relay_retries_denied", "Repeats that the retry budget did not 
 
 #: Reasons that may pass by themselves. A timeout is none: the SuperLink works on the call already, most of
 #: the node's patience is gone, and the node asks again by itself.
-_PASSING = frozenset({Reason.UPSTREAM_DOWN, Reason.UPSTREAM_BAD_ANSWER, Reason.OVERLOADED})
+_PASSING = frozenset(
+    {Reason.UPSTREAM_DOWN, Reason.UPSTREAM_BAD_ANSWER, Reason.OVERLOADED, Reason.BREAKER_OPEN}
+)
+#: Of those, the ones for which a pull waits only if it is held anyway: they say that there is enough to do,
+#: or nobody to ask, and a node that is told "nothing now" comes back by itself.
+_NOT_FOR_PULLS = frozenset({Reason.OVERLOADED, Reason.BREAKER_OPEN})
 
 
 class Budget:
@@ -93,7 +100,8 @@ class Retry:
                 in_time = time.monotonic() + wait < call.deadline
                 if not in_time or not may_repeat(call, refusal):
                     raise
-                if not self._budget.withdraw():
+                # What the breaker refused was not sent, so the next attempt is no load that comes on top.
+                if refusal.reason is not Reason.BREAKER_OPEN and not self._budget.withdraw():
                     DENIED.labels(call.method.rpc).inc()
                     raise
                 RETRIES.labels(call.method.rpc, refusal.reason.value).inc()
@@ -108,6 +116,10 @@ def may_repeat(call: Call, refusal: Refusal) -> bool:
         call: the call, as it is after the attempt.
         refusal: how the attempt ended.
     """
+    if call.method.kind is Kind.PULL and refusal.reason in _NOT_FOR_PULLS:
+        held = dialect.answer(call.wire, refusal.reason, call.method)
+        if not isinstance(held, dialect.Hold):
+            return False
     whole = call.payload.replayable or not call.payload.passed
     if not refusal.sent:
         return whole and refusal.reason in _PASSING

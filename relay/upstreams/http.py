@@ -132,10 +132,10 @@ class HttpUpstream:
     def _check(self, method: Method, status: int, content_type: bytes, data: bytes | None) -> None:
         reason = judge(method, status, content_type, self._passes)
         if reason is not None:
-            what = f"{status} {content_type.decode('latin-1')!r}"
+            what = f"{status} {content_type[:60].decode('latin-1')!r}"
         elif status == 200 and data is not None and not makes_sense(method, data):
             reason = Reason.UPSTREAM_BAD_ANSWER
-            what = f"{len(data)} bytes that are no {method.response}, beginning {data[:20]!r}"
+            what = f"{len(data)} bytes that are no {method.response}"
         else:
             return
         raise Refusal(reason, f"{method.rpc} was answered {what}", by=self.pool.name, status=status)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relay.fleet import Kind
+from relay.upstreams.check import Question
 from relay.upstreams.http import HttpUpstream, Timeouts
 
 if TYPE_CHECKING:
     from relay.upstreams.pool import Pool
 
 PREFIX = "/v1/fleet/"
+
+#: What it answers by itself, without a trace in it.
+QUESTION = Question("/health", 200)
 
 #: 401 ends a node and only the SuperLink may wish that. 403 says that a run has ended; on a heartbeat it
 #: would silence the node, and on a confirmation have it hold back its last reply, neither of which the

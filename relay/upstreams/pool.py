@@ -8,15 +8,23 @@ knowing whether it was carried out, and pull-messages cannot be asked twice.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from relay.refusal import Reason, Refusal
 from relay.upstreams.connection import Connection
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
+
+    from relay.upstreams.resolve import Resolver
+
+_P = TypeVar("_P", bound=asyncio.BaseProtocol)
+_STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2}) ")
+_LONGEST_STATUS, _LONGEST_HEAD = 64, 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,13 @@ class Target:
 
 
 class Pool:
-    """Opens, lends and retires connections. One per worker; must be made inside the running loop."""
+    """Opens, lends and retires connections. One per worker; must be made inside the running loop.
+
+    Attributes:
+        target: where to.
+        name: host and port, for people.
+        resolver: knows the addresses of a host that is a name; without one, each connection asks anew.
+    """
 
     def __init__(
         self,
@@ -49,6 +63,7 @@ class Pool:
         queue_timeout: float,
     ) -> None:
         """Prepare an empty pool. All times in seconds; see `upstream` in docs/configuration.md."""
+        self.resolver: Resolver | None = None
         self.target = target
         self.name = f"{target.host}:{target.port}"
         self._connect_timeout = connect_timeout
@@ -59,6 +74,7 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._idle: deque[Connection] = deque()  # the most recently used one is at the right
         self._connections: set[Connection] = set()  # lent and idle
+        self._old: set[Connection] = set()  # those that are not to be lent again
         self._open = 0  # those, and the ones being opened
         # in the order of arrival
         self._queue: OrderedDict[asyncio.Future[Connection | None], None] = OrderedDict()
@@ -91,6 +107,33 @@ class Pool:
                 return given
         self._open += 1
         return await self._connect()
+
+    def renew(self) -> None:
+        """Lend no connection any more that is open now; those that are lent end when they come back."""
+        while self._idle:
+            self._idle.pop().retire()
+        self._old |= self._connections
+
+    async def get(self, path: str) -> int:
+        """Ask for a path on a connection of its own; return the status of the answer.
+
+        Raises:
+            Refusal: UPSTREAM_DOWN if there is no answer that is HTTP.
+        """
+        transport, answer = await self._dial_with(_Status)
+        try:
+            head = f"GET {path} HTTP/1.1\r\nhost: {self.target.authority}\r\nconnection: close\r\n\r\n"
+            transport.write(head.encode("ascii"))
+            status = await answer.status
+        except ConnectionError as error:
+            raise self._down(f"no answer to GET {path}: {error}") from error
+        else:
+            transport.close()
+            return status
+        finally:
+            answer.status.cancel()
+            if not transport.is_closing():
+                transport.abort()
 
     async def close(self) -> None:
         """Close idle connections now and lent ones when they come back."""
@@ -141,23 +184,48 @@ class Pool:
         return connection
 
     async def _dial(self) -> Connection:
-        target = self.target
-        try:
-            async with asyncio.timeout(self._connect_timeout):
-                _, connection = await self._loop.create_connection(
-                    self._make,
-                    target.host,
-                    target.port,
-                    ssl=target.tls,
-                    server_hostname=target.host if target.tls else None,
-                )
-        except TimeoutError:
-            raise self._down(f"no connection within {self._connect_timeout:g} s") from None
-        except (OSError, UnicodeError) as error:  # ssl.SSLError and socket.gaierror are the first
-            raise self._down(f"no connection: {error}") from error
+        _, connection = await self._dial_with(self._make)
         if not connection.usable:
             raise self._down("a new connection was closed at once")
         return connection
+
+    async def _dial_with(self, make: Callable[[], _P]) -> tuple[asyncio.Transport, _P]:
+        """Open a connection to the first address that takes one."""
+        target, resolver = self.target, self.resolver
+        tried = target.host
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                if resolver is None:
+                    return await self._open_to(tried, make)
+                *others, last = await resolver.addresses()
+                for tried in others:
+                    try:
+                        opened = await self._open_to(tried, make)
+                    except OSError:
+                        resolver.failed(tried)
+                    else:
+                        resolver.connected(tried)
+                        return opened
+                tried = last
+                opened = await self._open_to(tried, make)
+                resolver.connected(tried)
+                return opened
+        except TimeoutError:
+            if resolver is not None:
+                resolver.failed(tried)
+            raise self._down(f"no connection within {self._connect_timeout:g} s") from None
+        except (OSError, UnicodeError) as error:  # ssl.SSLError and socket.gaierror are the first
+            raise self._down(f"no connection: {error}") from error
+
+    async def _open_to(self, address: str, make: Callable[[], _P]) -> tuple[asyncio.Transport, _P]:
+        target = self.target
+        return await self._loop.create_connection(
+            make,
+            address,
+            target.port,
+            ssl=target.tls,
+            server_hostname=target.host if target.tls else None,
+        )
 
     def _down(self, detail: str) -> Refusal:
         return Refusal(Reason.UPSTREAM_DOWN, detail, by=self.name, sent=False)
@@ -167,7 +235,7 @@ class Pool:
 
     def give_back(self, connection: Connection) -> None:
         """Take back a connection on which nothing is under way."""
-        if self._closed:
+        if self._closed or connection in self._old:
             connection.retire()
             return
         if self._hand_over(connection):
@@ -181,6 +249,7 @@ class Pool:
         if connection not in self._connections:
             return  # lost while it was being opened; `_connect` counts that
         self._connections.remove(connection)
+        self._old.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
         self._gone()
@@ -205,3 +274,29 @@ class Pool:
         while self._idle and self._idle[0].idle_since <= oldest:
             self._idle.popleft().retire()
         self._sweeper = self._loop.call_later(self._keepalive / 4, self._sweep) if self._idle else None
+
+
+class _Status(asyncio.Protocol):
+    """Reads the head of an answer.
+
+    Attributes:
+        status: what it says; ConnectionError if it is none.
+    """
+
+    def __init__(self) -> None:
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._data = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        found = _STATUS.match(self._data)
+        if self.status.done():
+            return
+        if found and b"\r\n\r\n" in self._data:
+            self.status.set_result(int(found[1]))
+        elif len(self._data) > (_LONGEST_HEAD if found else _LONGEST_STATUS):
+            self.status.set_exception(ConnectionError(f"no HTTP: {self._data[:20]!r}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.status.done():
+            self.status.set_exception(ConnectionError(str(exc or "the connection was closed")))

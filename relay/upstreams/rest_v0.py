@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from relay.upstreams.check import Question
 from relay.upstreams.http import HttpUpstream, Timeouts
 
 if TYPE_CHECKING:
     from relay.upstreams.pool import Pool
 
 PREFIX = "/api/v0/fleet/"
+
+#: What it answers by itself, without a trace in it: it has no health check, but refuses a GET of a method.
+QUESTION = Question("/api/v0/fleet/pull-messages", 405)
 
 #: A node does not survive an answer that breaks off after its head, so an object is awaited whole: Flower
 #: cuts arrays into pieces of 5 MiB.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from prometheus_client import REGISTRY
 
-from relay.call import Call, Payload, Reply, Source
+from relay.call import Call, Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.policies.retry import Budget, Retry, may_repeat
 from relay.refusal import Reason, Refusal
@@ -24,7 +24,9 @@ REPEATABLE = {
     Method.PULL_OBJECT,
     Method.CONFIRM_MESSAGE_RECEIVED,
 }
-PASSING = [Reason.UPSTREAM_DOWN, Reason.UPSTREAM_BAD_ANSWER, Reason.OVERLOADED]
+PASSING = [Reason.UPSTREAM_DOWN, Reason.UPSTREAM_BAD_ANSWER, Reason.OVERLOADED, Reason.BREAKER_OPEN]
+#: For these a pull waits only where it is held anyway.
+NOT_FOR_PULLS = [Reason.OVERLOADED, Reason.BREAKER_OPEN]
 
 
 class Arriving:
@@ -57,7 +59,17 @@ def test_a_call_that_may_have_arrived_is_repeated_only_if_the_method_allows_it(
 def test_a_call_that_never_left_is_repeated_whatever_the_method(
     make_call: MakeCall, method: Method, reason: Reason
 ) -> None:
-    assert may_repeat(make_call(method, b"x"), Refusal(reason, sent=False)) is (reason in PASSING)
+    told_at_once = method is Method.PULL_MESSAGES and reason in NOT_FOR_PULLS
+    expected = reason in PASSING and not told_at_once
+    assert may_repeat(make_call(method, b"x"), Refusal(reason, sent=False)) is expected
+
+
+def test_a_legacy_pull_is_held_while_the_breaker_is_open_and_not_when_there_is_too_much_to_do(
+    make_call: MakeCall,
+) -> None:
+    call = make_call(Method.PULL_MESSAGES, b"x", wire=Wire.REST_V0)
+    assert may_repeat(call, Refusal(Reason.BREAKER_OPEN, sent=False))
+    assert not may_repeat(call, Refusal(Reason.OVERLOADED, sent=False))
 
 
 def test_a_body_that_was_streamed_away_cannot_be_sent_again(make_call: MakeCall) -> None:

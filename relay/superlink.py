@@ -1,0 +1,110 @@
+"""The addresses of the SuperLink with all that belongs to each, made from the settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relay.call import Wire
+from relay.upstreams import http_v1, rest_v0
+from relay.upstreams.balance import Address, Balance
+from relay.upstreams.breaker import Breaker
+from relay.upstreams.check import Check
+from relay.upstreams.health import Health
+from relay.upstreams.http import Timeouts
+from relay.upstreams.pool import Pool, Target
+from relay.upstreams.resolve import Resolver, is_name
+
+if TYPE_CHECKING:
+    import ssl
+
+    from relay.pipeline import Handler
+    from relay.settings import BaseUrl, Settings, Upstream
+    from relay.stores.upstreams import UpstreamTable
+
+UPSTREAMS = {Wire.HTTP_V1: http_v1.upstream, Wire.REST_V0: rest_v0.upstream}
+QUESTIONS = {Wire.HTTP_V1: http_v1.QUESTION, Wire.REST_V0: rest_v0.QUESTION}
+
+
+def urls(section: Upstream) -> tuple[BaseUrl, ...]:
+    """Return all addresses, the one that is used first first."""
+    return (section.url, *section.addresses, *section.standby)
+
+
+def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None) -> Balance:
+    """Make the way to the SuperLink. Call it inside the running event loop.
+
+    Args:
+        settings: the whole tree.
+        table: what the workers of the host share about addresses.
+        tls: for https.
+    """
+    section = settings.upstream
+    balance: Balance
+
+    def reconsider() -> None:
+        balance.reconsider()
+
+    several = len(urls(section)) > 1
+    made = []
+    for url in urls(section):
+        pool = _pool(section, url, tls)
+        if is_name(url.host):
+            pool.resolver = Resolver(
+                url.host,
+                url.port,
+                table,
+                interval=section.resolve_interval,
+                spread=section.shared_state,
+                on_change=pool.renew,
+            )
+        handler, breaker = _handler(settings, pool, table)
+        health, check = section.health, None
+        if several:
+            check = Check(
+                pool,
+                table,
+                QUESTIONS[section.wire],
+                interval=health.interval,
+                timeout=health.timeout,
+                failures=health.failures,
+                on_result=reconsider,
+            )
+        limits = Health(
+            pool.name,
+            table,
+            failures=health.failures,
+            ejection=health.ejection,
+            max_ejection=health.max_ejection,
+        )
+        made.append(Address(pool, handler, limits, breaker=breaker, resolver=pool.resolver, check=check))
+    balance = Balance(made, table, shared_state=section.shared_state, standby_after=section.standby_after)
+    return balance
+
+
+def _handler(settings: Settings, pool: Pool, table: UpstreamTable) -> tuple[Handler, Breaker | None]:
+    section = settings.upstream
+    timeouts = Timeouts(section.response_timeout, section.heartbeat_timeout)
+    as_it_is = settings.mode == "pass_through"
+    upstream = UPSTREAMS[section.wire](pool, timeouts, judging=not as_it_is)
+    if as_it_is or not settings.breaker.enabled:
+        return upstream, None
+    breaker = Breaker(
+        pool.name,
+        upstream,
+        table,
+        failures=settings.breaker.failures,
+        open_seconds=settings.breaker.open_seconds,
+        on_open=pool.renew,
+    )
+    return breaker, breaker
+
+
+def _pool(section: Upstream, url: BaseUrl, tls: ssl.SSLContext | None) -> Pool:
+    return Pool(
+        Target(url.host, url.port, url.authority, tls),
+        connect_timeout=section.connect_timeout,
+        idle_timeout=section.idle_timeout,
+        keepalive=section.keepalive,
+        max_connections=section.max_connections,
+        queue_timeout=section.queue_timeout,
+    )
