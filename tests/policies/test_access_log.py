@@ -9,7 +9,7 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from structlog.testing import CapturingLogger
 
-from relay.call import Call, Ending, Payload, Reply, Source, Wire
+from relay.call import Call, Ending, Identity, Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.policies import AccessLog, access_log
 from relay.refusal import NodeGone, Reason, Refusal
@@ -111,6 +111,22 @@ async def test_a_refusal_is_written_with_its_original(make_call: MakeCall, log: 
     fields = log.calls[0].kwargs
     assert (fields["detail"], fields["by"], fields["source"]) == ("no connection", "x:1", "local")
     assert (fields["node_id"], fields["run_id"]) == (7, 8)
+
+
+async def test_a_line_names_who_proved_to_be_whom_and_why_a_credential_was_refused(
+    make_call: MakeCall, log: CapturingLogger
+) -> None:
+    call = make_call(Method.PUSH_OBJECT, REQUEST)
+    await AccessLog(debug=True).handle(call, answering)
+    call.identity = Identity("hospital-a", "north", (("site", "a"),), ("api_key",))
+    call.end(OK)
+    assert (log.calls[0].kwargs["identity"], log.calls[0].kwargs["tenant"]) == ("hospital-a", "north")
+    call = make_call(Method.PUSH_OBJECT, REQUEST)
+    await AccessLog(debug=True).handle(call, answering)
+    revoked = Refusal(Reason.UNAUTHENTICATED, "key x is revoked", by="api_key", cause="revoked")
+    call.end(Ending("unauthenticated", seconds=1, refusal=revoked))
+    assert log.calls[1].kwargs["cause"] == "revoked"
+    assert "identity" not in log.calls[1].kwargs
 
 
 async def test_a_large_body_that_passed_by_left_its_ids_at_debug(

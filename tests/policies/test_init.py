@@ -9,7 +9,19 @@ import pytest
 
 from relay import policies
 from relay.call import View
-from relay.policies import ORDER, AccessLog, Maintenance, Metrics, Validate
+from relay.policies import (
+    GUARDS,
+    OBSERVERS,
+    ORDER,
+    Accepted,
+    AccessLog,
+    Auth,
+    Inventory,
+    Maintenance,
+    Metrics,
+    Quarantine,
+    Validate,
+)
 
 each_policy = pytest.mark.parametrize("policy", ORDER, ids=lambda policy: policy.__name__)
 
@@ -19,7 +31,26 @@ def test_what_counts_and_writes_down_stands_before_all_that_can_refuse() -> None
 
 
 def test_a_call_is_validated_before_anything_acts_on_it() -> None:
-    assert ORDER[2:4] == (Maintenance, Validate)
+    at = ORDER.index(Maintenance)
+    assert ORDER[at : at + 3] == (Maintenance, Auth, Validate)
+
+
+def test_an_emergency_opens_no_port_to_strangers() -> None:
+    assert Auth in GUARDS
+    assert Quarantine in GUARDS
+
+
+def test_what_is_known_of_nodes_holds_what_they_were_refused() -> None:
+    assert ORDER[2] is Inventory
+    assert ORDER[:3] == OBSERVERS
+
+
+def test_quarantine_knows_who_calls_and_that_the_bytes_are_sound() -> None:
+    assert ORDER.index(Quarantine) > max(ORDER.index(Auth), ORDER.index(Validate))
+
+
+def test_only_what_the_superlink_itself_answered_is_taken_for_accepted() -> None:
+    assert ORDER[-1] is Accepted
 
 
 def test_every_policy_stands_in_the_order_once() -> None:
