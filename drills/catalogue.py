@@ -22,11 +22,18 @@ SHARE_SECONDS: Final = 10.0  # then a share of them does
 SHARE: Final = 1 / 3
 DOWN_SECONDS: Final = 5.0
 APART_SECONDS: Final = 4.0
+ADDRESS_SECONDS: Final = 12.0
+BREAKER_SECONDS: Final = 20.0
+RETURN_SECONDS: Final = 8.0  # an address is left out for 5 s at first
 CLIENTS: Final = 200
 OBJECTS_SECONDS: Final = 20.0
 STRAIN_SECONDS: Final = 20.0
 SLOW_SECONDS: Final = 40.0
 CAPTURE_SECONDS: Final = 60.0
+NODE_CUT_SECONDS: Final = 60.0
+MESSAGES_CUT: Final = 4
+AGAIN_SECONDS: Final = 20.0
+REDELIVERED: Final = "message handed out again"
 BIG: Final = 4_000_000  # bytes of an object that no buffer on its way holds whole
 
 
@@ -133,10 +140,40 @@ def _reload_nginx(field: Field) -> str:
     return ""
 
 
+def _kill_addresses(field: Field) -> str:
+    assert field.second_proxy is not None
+    since = time.time()
+    for proxy in (field.proxy, field.second_proxy):
+        field.wait_for_objects(OBJECTS_SECONDS)
+        proxy.set(Fault.REFUSED)
+        time.sleep(ADDRESS_SECONDS)
+        proxy.set(Fault.NONE)
+        time.sleep(RETURN_SECONDS)
+    ejected = sum(
+        line.at > since and line.event == "upstream address ejected" for line in field.relay_log.read()
+    )
+    return f"addresses were left out {ejected} times"
+
+
+def _open_breaker(field: Field) -> str:
+    since, before = time.time(), field.proxy.hits[Fault.STATUS_503]
+    field.proxy.set(Fault.STATUS_503)
+    time.sleep(BREAKER_SECONDS)
+    field.proxy.set(Fault.NONE)
+    asked = field.proxy.hits[Fault.STATUS_503] - before
+    closed = field.wait_for(
+        lambda line: line.event == "circuit breaker changed" and line.fields["to"] == "closed",
+        CLOSED_SECONDS,
+        since=since,
+    )
+    opened = sum(line.at > since and line.event == "circuit breaker opened" for line in field.relay_log.lines)
+    return f"opened {opened} times, {'closed' if closed else 'not closed'}, {asked} calls met the outage"
+
+
 def _read_slowly(field: Field) -> str:
     # The proof that comes with a call is good for 300 s, so a copy of a node's call is a call, too.
     request = field.proxy.capture(Method.PULL_OBJECT.path.encode(), BIG, CAPTURE_SECONDS)
-    reader = SlowReader(field.entry, request)
+    reader = SlowReader(field.entry, field.as_node(request))
     field.not_nodes.add(reader.request_id)
     time.sleep(SLOW_SECONDS)
     ended = field.find(
@@ -147,6 +184,24 @@ def _read_slowly(field: Field) -> str:
     if ended is None:
         return f"{read}; the relay was still at it"
     return f"{read}; the relay's part was over after {ended.fields['ms'] / 1000:.0f} s"
+
+
+def _cut_nodes(field: Field) -> str:
+    proxy = field.node_proxy
+    assert proxy is not None
+    since, end = time.time(), time.monotonic() + NODE_CUT_SECONDS
+    proxy.set(Fault.CUT_MESSAGE)
+    while proxy.hits[Fault.CUT_MESSAGE] < MESSAGES_CUT and time.monotonic() < end:
+        time.sleep(0.1)
+    proxy.set(Fault.NONE)
+    cut = proxy.hits[Fault.CUT_MESSAGE]
+    if not cut:
+        raise TimeoutError("no node was given a message")
+    again, end = 0, time.monotonic() + AGAIN_SECONDS
+    while again < cut and time.monotonic() < end:
+        time.sleep(0.1)
+        again = sum(line.event == REDELIVERED and line.at > since for line in field.relay_log.read())
+    return f"{cut} answers with a message were lost, {again} messages handed out again"
 
 
 def _half_requests(field: Field) -> str:
@@ -206,6 +261,17 @@ _ALL: Final = (
         f"for {CLOSED_SECONDS:.0f} s the SuperLink's port is closed",
         _close_port,
     ),
+    Drill(
+        "breaker-opens",
+        f"for {BREAKER_SECONDS:.0f} s all calls are answered with 503: one at a time asks, the others wait",
+        _open_breaker,
+    ),
+    Drill(
+        "pool-address-dies",
+        f"each of two addresses of the SuperLink is dead for {ADDRESS_SECONDS:.0f} s, in turn",
+        _kill_addresses,
+        Needs(setup=Setup.TWO_WAYS),
+    ),
     Drill("upstream-500", _about(Fault.STATUS_500), _disturb(Fault.STATUS_500), may_fail=_OBJECT_LOST),
     Drill("upstream-429", _about(Fault.STATUS_429), _disturb(Fault.STATUS_429)),
     Drill("upstream-garbage", _about(Fault.GARBAGE), _disturb(Fault.GARBAGE)),
@@ -228,6 +294,12 @@ _ALL: Final = (
     ),
     Drill("nginx-reloaded", "nginx reloads three times", _reload_nginx, Needs(edge=Edge.NGINX)),
     Drill("slow-reader", "a client takes a byte a second of an object", _read_slowly),
+    Drill(
+        "node-cut",
+        "the connection of a node is reset when the relay has just answered its pull with a message",
+        _cut_nodes,
+        Needs(plain=True, setup=Setup.CUTTABLE),
+    ),
     Drill("half-requests", f"{CLIENTS} clients send half of a call and wait", _half_requests),
     Drill(
         "half-handshakes",

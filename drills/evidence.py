@@ -122,8 +122,9 @@ def delivered(lines: Iterable[Line]) -> Counter[str]:
 
 
 def by_method(paths: Mapping[str, int]) -> Counter[str]:
-    """Return counts of HTTP paths as counts of methods."""
-    return Counter({BY_PATH[path.rsplit("/", 1)[-1]].rpc: count for path, count in paths.items()})
+    """Return counts of HTTP paths as counts of methods; the relay's own checks are none."""
+    names = ((path.rsplit("/", 1)[-1], count) for path, count in paths.items())
+    return Counter({BY_PATH[name].rpc: count for name, count in names if name in BY_PATH})
 
 
 def refused(lines: Iterable[Line]) -> Counter[str]:

@@ -15,11 +15,13 @@ class Fault(enum.Enum):
     NONE = "passed on"
     REFUSED = "refused: the port is closed, and open connections are reset"
     STATUS_500 = "answered with 500"
+    STATUS_503 = "answered with 503"
     STATUS_429 = "answered with 429"
     GARBAGE = "answered with bytes that are no answer of a SuperLink"
     HANG = "never answered"
     CUT = "carried out, and their answers cut in the middle"
     CUT_LONG = "carried out, and their answers cut in the middle if they are objects of more than 1 MB"
+    CUT_MESSAGE = "carried out, and the first answer with each message lost"
 
 
 #: Bytes of a body from which on an answer is long; a relay begins to pass it on before it has it whole.
@@ -38,6 +40,7 @@ def _response(status: str, content_type: str, body: bytes, more: str = "") -> by
 #: Whole answers by fault, given in turn. After garbage the connection is closed.
 ANSWERS: Final[Mapping[Fault, tuple[bytes, ...]]] = {
     Fault.STATUS_500: (_response("500 Internal Server Error", "text/plain", b"Internal Server Error"),),
+    Fault.STATUS_503: (_response("503 Service Unavailable", "text/plain", b"Service Unavailable"),),
     Fault.STATUS_429: (
         _response("429 Too Many Requests", "text/html", b"<h1>Too many</h1>", "retry-after: 1\r\n"),
     ),

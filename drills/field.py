@@ -6,6 +6,8 @@ import re
 import signal
 import tempfile
 import time
+from base64 import b64encode
+from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -18,6 +20,9 @@ from drills.matrix import Configuration, Edge, Setup
 from drills.nginx import Nginx
 from drills.proxy import FaultProxy
 from drills.strain import Entry
+from relay.credentials.keys.file import FileKeys
+from relay.credentials.keys.key import generate
+from relay.credentials.keys.record import KeyRecord, hashed
 from relay.demo.federation import Federation
 from relay.demo.processes import LOOPBACK, POLL, Process, reserve_port, wait_ready
 from relay.fleet import Method
@@ -43,10 +48,13 @@ class Field:
         federation: SuperLink, relay and SuperNodes.
         relay: the relay's process.
         proxy: between relay and SuperLink.
+        second_proxy: likewise, for the second address of the SuperLink in the setup TWO_WAYS.
+        node_proxy: between SuperNodes and what they connect to, in the setup CUTTABLE.
         entry: what the SuperNodes connect to.
         edge: nginx, where there is one.
         relay_log, access_log: what relay and SuperLink have written.
         not_nodes: request ids of calls that a drill's own clients made.
+        keys: of the SuperNodes, as `name:key`; none where the relay does not ask for any.
     """
 
     def __init__(
@@ -76,7 +84,18 @@ class Field:
         directory = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="flwr-drill-")))
         made = certificates.make(directory) if self.configuration.tls else None
         self.proxy = resources.enter_context(FaultProxy())
+        store = directory / "keys.jsonl"
+        self.keys = _hand_out(store) if self.configuration.keys else []
+        two_ways = self.setup is Setup.TWO_WAYS
+        self.second_proxy = resources.enter_context(FaultProxy()) if two_ways else None
+        upstream: dict[str, Any] = {"url": f"http://{LOOPBACK}:{self.proxy.port}"}
+        if self.second_proxy:
+            upstream["addresses"] = [f"http://{LOOPBACK}:{self.second_proxy.port}"]
+            upstream["shared_state"] = True
+        cuttable = self.setup is Setup.CUTTABLE
+        self.node_proxy = resources.enter_context(FaultProxy()) if cuttable else None
         ports = [resources.enter_context(reserve_port()).getsockname()[1] for _ in range(2)]
+        entry_port = ports[0] if behind_nginx else None
         self.federation = resources.enter_context(
             Federation(
                 self._flwr_bin,
@@ -84,13 +103,15 @@ class Field:
                 nodes=NODES,
                 workers=WORKERS,
                 relay_config={
-                    "upstream": {"url": f"http://{LOOPBACK}:{self.proxy.port}"},
+                    "upstream": upstream,
                     "log": {"level": "debug"},
+                    **({"keys": {"file": str(store)}} if self.keys else {}),
                 },
-                listener_config=_listener(made, behind_nginx=behind_nginx),
-                entry_port=ports[0] if behind_nginx else None,
+                listener_config=_listener(made, behind_nginx=behind_nginx, asks=bool(self.keys)),
+                userinfo=self.keys,
+                entry_port=self.node_proxy.port if self.node_proxy else entry_port,
                 root_certificates=made.authority if made else None,
-                superexec=self.setup is Setup.OUTSIDE,
+                superexec=self.setup is not Setup.INSIDE,
                 superlink_log_level="DEBUG",
                 keep=self._keep,
             )
@@ -100,9 +121,13 @@ class Field:
         self.relay: Process = federation.relay
         federation.superlink.argv += ["--database", str(federation.directory / "superlink.db")]
         self.proxy.target = federation.ports.fleet
+        if self.second_proxy:
+            self.second_proxy.target = federation.ports.fleet
         self.entry = Entry(
             ports[0] if behind_nginx else federation.relay_port, made.authority if made else None
         )
+        if self.node_proxy:
+            self.node_proxy.target = self.entry.port
         self.edge: Nginx | None = None
         if behind_nginx:
             (folder := directory / "edge").mkdir()
@@ -138,7 +163,23 @@ class Field:
         """Have the relay reload."""
         self.relay.send(signal.SIGHUP)
 
+    def as_node(self, request: bytes) -> bytes:
+        """Return a call that the relay sent on as its node had sent it: with a key, if one is asked for."""
+        if not self.keys:
+            return request
+        first, rest = request.split(b"\r\n", 1)
+        return b"%b\r\nauthorization: Basic %b\r\n%b" % (first, b64encode(self.keys[0].encode()), rest)
+
     # -- what drills look at ------------------------------------------------------------------------
+
+    def proxies(self) -> list[FaultProxy]:
+        """Return the proxies that there are."""
+        return [proxy for proxy in (self.proxy, self.second_proxy, self.node_proxy) if proxy is not None]
+
+    def abandoned(self) -> Counter[str]:
+        """Count the calls by path that the relay left before it had the SuperLink's whole answer."""
+        proxies = (self.proxy, self.second_proxy)
+        return sum((proxy.abandoned for proxy in proxies if proxy is not None), Counter())
 
     def node_ids(self) -> dict[str, int]:
         """Return the id of each SuperNode by the name of its process."""
@@ -169,8 +210,24 @@ class Field:
         return self.wait_for(lambda line: line.fields.get("method") in busy, timeout, since=after)
 
 
-def _listener(made: Certificates | None, *, behind_nginx: bool) -> dict[str, Any]:
-    """Return the settings of the relay's listener: its own TLS, or trust in the nginx before it."""
+def _hand_out(store: Path) -> list[str]:
+    """Make a key for each SuperNode; return what each presents itself with."""
+    keys = [generate() for _ in range(NODES)]
+    records = [
+        KeyRecord(key.id.decode(), f"node-{number}", hashed(key.secret, b""), int(time.time()))
+        for number, key in enumerate(keys)
+    ]
+    FileKeys(store).change(
+        lambda present: present.update((record.id, record) for record in records), init=True
+    )
+    return [f"{record.name}:{key}" for record, key in zip(records, keys, strict=True)]
+
+
+def _listener(made: Certificates | None, *, behind_nginx: bool, asks: bool) -> dict[str, Any]:
+    """Return the settings of the relay's listener: its own TLS, or trust in the nginx before it; and keys."""
+    settings: dict[str, Any] = {"auth": {"accept": ["api_key"]}} if asks else {}
     if behind_nginx:
-        return {"trusted_proxies": [f"{LOOPBACK}/32"]}
-    return {"tls": {"certificate": str(made.certificate), "key": str(made.key)}} if made else {}
+        settings["trusted_proxies"] = [f"{LOOPBACK}/32"]
+    elif made:
+        settings["tls"] = {"certificate": str(made.certificate), "key": str(made.key)}
+    return settings

@@ -20,6 +20,8 @@ class Setup(enum.Enum):
 
     OUTSIDE = "ServerApps are started by a SuperExec beside the SuperLink, and outlive it"
     INSIDE = "ServerApps are children of the SuperLink, and die with it"
+    TWO_WAYS = "as OUTSIDE, and the relay has two addresses of the SuperLink, through a proxy each"
+    CUTTABLE = "as OUTSIDE, and SuperNodes reach the relay through a proxy that can cut their connections"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +32,17 @@ class Configuration:
         wire: what SuperNodes and SuperLink speak.
         tls: whether SuperNodes use TLS. The SuperLink does not; nginx ends it where there is one.
         edge: what the SuperNodes connect to.
+        keys: whether the relay lets nobody in without an API key.
     """
 
     wire: Wire
     tls: bool
     edge: Edge
+    keys: bool = False
 
     def __str__(self) -> str:
-        return f"{self.wire.value}, {'TLS' if self.tls else 'plain'}, {self.edge.value}"
+        keys = ", keys" if self.keys else ""
+        return f"{self.wire.value}, {'TLS' if self.tls else 'plain'}, {self.edge.value}{keys}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +51,14 @@ class Needs:
 
     Attributes:
         tls: that nodes use it.
+        plain: that they do not.
         edge: what they connect to; None for either.
         setup: of the SuperLink.
         not_direct: why a wire cannot live through it without something before the relay.
     """
 
     tls: bool = False
+    plain: bool = False
     edge: Edge | None = None
     setup: Setup = Setup.OUTSIDE
     not_direct: tuple[tuple[Wire, str], ...] = ()
@@ -60,6 +67,8 @@ class Needs:
         """Return why a drill with these needs is left out of a configuration; None when it is not."""
         if self.tls and not configuration.tls:
             return "it is about TLS handshakes"
+        if self.plain and configuration.tls:
+            return "the proxy before the relay has to read what nodes are told"
         if self.edge is not None and self.edge is not configuration.edge:
             return f"it is about {self.edge.value}"
         if configuration.edge is Edge.DIRECT:
@@ -71,9 +80,11 @@ def configurations(
     wires: Sequence[Wire] = tuple(Wire),
     tls: Sequence[bool] = (False, True),
     edges: Sequence[Edge] = tuple(Edge),
+    *,
+    keys: bool = False,
 ) -> list[Configuration]:
     """Return every combination."""
-    return [Configuration(*chosen) for chosen in product(wires, tls, edges)]
+    return [Configuration(*chosen, keys=keys) for chosen in product(wires, tls, edges)]
 
 
 @dataclass(frozen=True, slots=True)

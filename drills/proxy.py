@@ -1,7 +1,7 @@
-"""A proxy between the relay and the SuperLink that does harm on request, in a thread of its own.
+"""A proxy before the SuperLink or before the relay that does harm on request, in a thread of its own.
 
-It knows as much of HTTP/1.1 as relay and SuperLink use between each other: requests and responses with a
-Content-Length, one after the other.
+It knows as much of HTTP/1.1 as nodes, relay and SuperLink use between each other: requests and responses with
+a Content-Length, one after the other.
 """
 
 import asyncio
@@ -19,11 +19,13 @@ from typing import Any, Final, Self, TypeVar
 
 from drills.faults import ANSWERS, LONG, Fault, UnknownFramingError, body_size, cut_at
 from relay.demo.processes import LOOPBACK, reserve_port
+from relay.fleet import Method
 
 _PIECE: Final = 256 * 1024
 _MAX_HEAD: Final = 64 * 1024
 _COMMAND_SECONDS: Final = 10.0
 _SEED: Final = 2026
+_PULL: Final = f"/{Method.PULL_MESSAGES.path}"
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 T = TypeVar("T")
@@ -55,6 +57,7 @@ class FaultProxy:
         self._answers = {fault: cycle(answers) for fault, answers in ANSWERS.items()}
         self._resets = cycle((True, False))
         self._wanted: _Wanted | None = None
+        self._lost: set[bytes] = set()
         self._carriers: set[_Carrier] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -146,6 +149,13 @@ class FaultProxy:
         """Return the next answer of a fault."""
         return next(self._answers[fault])
 
+    def loses(self, path: str, body: bytes) -> bool:
+        """Return whether this is the first answer to a pull with this message."""
+        first = bool(body) and path.endswith(_PULL) and body not in self._lost
+        if first:
+            self._lost.add(body)
+        return first
+
     def resets(self) -> bool:
         """Return whether the next cut ends with a reset; else in good order."""
         return next(self._resets)
@@ -199,7 +209,7 @@ class _Carrier:
         head = await self._reader.readuntil(b"\r\n\r\n")
         size = body_size(head, request=True)
         fault = self._proxy.draw()
-        if fault in {Fault.NONE, Fault.CUT, Fault.CUT_LONG}:
+        if fault in {Fault.NONE, Fault.CUT, Fault.CUT_LONG, Fault.CUT_MESSAGE}:
             return await self._pass_on(head, size, fault)
         self._proxy.hits[fault] += 1
         await self._reader.readexactly(size)
@@ -208,7 +218,7 @@ class _Carrier:
             await self._writer.drain()
         elif fault is Fault.HANG:
             await self._reader.read()  # until the relay gives up
-        return fault in {Fault.STATUS_500, Fault.STATUS_429}
+        return fault in {Fault.STATUS_500, Fault.STATUS_503, Fault.STATUS_429}
 
     async def _pass_on(self, head: bytes, size: int, fault: Fault) -> bool:
         if self._upstream is None:
@@ -229,6 +239,12 @@ class _Carrier:
             self._proxy.hits[fault] += 1
             await self._cut(reader, answer, cut_at(answer, size))
             return False
+        if fault is Fault.CUT_MESSAGE and size < LONG:
+            body = await reader.readexactly(size)
+            if self._proxy.loses(path, body):
+                self._proxy.hits[fault] += 1
+                raise ConnectionResetError
+            answer, size = answer + body, 0
         self._writer.write(answer)
         try:
             await _pump(reader, self._writer, size)

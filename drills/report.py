@@ -125,7 +125,12 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 def _columns(cell: Result | Left) -> dict[str, Any]:
     configuration = cell.configuration
-    return {"wire": configuration.wire.value, "tls": configuration.tls, "edge": configuration.edge.value}
+    return {
+        "wire": configuration.wire.value,
+        "tls": configuration.tls,
+        "edge": configuration.edge.value,
+        "keys": configuration.keys,
+    }
 
 
 def _counted(counts: Counter[str]) -> str:

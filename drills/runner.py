@@ -149,7 +149,7 @@ class Runner:
         result = Result(drill.name, ground.configuration)
         start = time.monotonic()
         before, lines = _unclaimed(ground), len(ground.relay_log.lines)
-        left = Counter(ground.proxy.abandoned)
+        left = ground.abandoned()
         usable = False
         try:
             usable = self._on_a_run(ground, drill, normal, result)
@@ -160,8 +160,10 @@ class Runner:
         result.refused = evidence.refused(new)
         result.complaints = evidence.complaints(new, but=drill.noise)
         result.unclaimed = _unclaimed(ground) - before - (evidence.lost(new) - result.lost)
-        result.abandoned = evidence.by_method(ground.proxy.abandoned - left)
-        result.problems += [f"the fault proxy broke: {error!r}" for error in ground.proxy.broken]
+        result.abandoned = evidence.by_method(ground.abandoned() - left)
+        result.problems += [
+            f"a fault proxy broke: {error!r}" for proxy in ground.proxies() for error in proxy.broken
+        ]
         result.seconds = time.monotonic() - start
         return result, usable
 

@@ -1,16 +1,17 @@
-"""The command line: flwr-relay serve | check | explain | reload | demo."""
+"""The command line: flwr-relay serve | check | explain | reload | keys | nodes | demo."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from relay import __version__
+from relay.commands import certs, keys, nodes
+from relay.commands.common import UNREACHABLE, Config, read_settings
 from relay.demo.command import demo
-from relay.settings import Settings, SettingsError, load
+from relay.settings import load
 
 app = typer.Typer(
     name="flwr-relay",
@@ -19,15 +20,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="RELAY_CONFIG", help="YAML file with the settings."),
-]
-
-#: Exit codes besides 0: what `check` found.
-UNREACHABLE = 1
-INVALID = 2
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,8 +51,12 @@ def serve(
     environ = dict(os.environ)
     if workers is not None:
         environ["RELAY_WORKERS"] = str(workers)
-    _settings(config, environ)
-    server.serve(lambda: load(config, environ))
+    read_settings(config, environ)
+    try:
+        server.serve(lambda: load(config, environ))
+    except server.UnsafeParserError as error:
+        typer.echo(f"not started: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -68,22 +64,31 @@ def check(
     config: Config = None,
     probe: Annotated[bool, typer.Option(help="Also ask the SuperLink whether it is there.")] = True,
 ) -> None:
-    """Report everything that is wrong with the settings, then probe the SuperLink.
+    """Report everything that is wrong with the settings and the API keys, then probe the SuperLink.
 
-    Exit code 0 when all is well, 1 when the SuperLink does not answer, 2 when the settings are wrong.
+    Exit code 0 when all is well, 1 when the SuperLink or Redis does not answer, 2 when the settings or the
+    keys are wrong.
     """
     from relay.probe import ProbeError, probe_upstream  # noqa: PLC0415 - see `serve`
 
-    settings = _settings(config, os.environ)
+    settings = read_settings(config)
     typer.echo(f"settings: ok ({config or 'defaults'})")
+    keys.check(settings, probe=probe)
+    nodes.check(settings)
     if not probe:
         return
-    try:
-        answer = probe_upstream(settings.upstream)
-    except ProbeError as error:
-        typer.echo(f"upstream: {error}", err=True)
-        raise typer.Exit(UNREACHABLE) from None
-    typer.echo(f"upstream: ok ({answer})")
+    upstream = settings.upstream
+    reachable = True
+    for url in (upstream.url, *upstream.addresses, *upstream.standby):
+        # One that stands by need not run yet.
+        name = "standby" if url in upstream.standby else "upstream"
+        try:
+            typer.echo(f"{name}: ok ({probe_upstream(upstream, url)})")
+        except ProbeError as error:
+            typer.echo(f"{name}: {error}", err=True)
+            reachable = reachable and name == "standby"
+    if not reachable:
+        raise typer.Exit(UNREACHABLE)
 
 
 @app.command()
@@ -91,7 +96,7 @@ def explain(config: Config = None) -> None:
     """Print what a call of each method meets between its listener and the SuperLink."""
     from relay.app import chains  # noqa: PLC0415 - see `serve`
 
-    settings = _settings(config, os.environ)
+    settings = read_settings(config)
     shown = None
     for listener, wire, method, chain in chains(settings):
         if (listener, wire) != shown:
@@ -109,7 +114,7 @@ def reload(config: Config = None) -> None:
     from relay.reload import ReloadError  # noqa: PLC0415 - see `serve`
     from relay.reload import reload as tell  # noqa: PLC0415
 
-    settings = _settings(config, os.environ)
+    settings = read_settings(config)
     try:
         typer.echo(tell(settings))
     except ReloadError as error:
@@ -118,15 +123,9 @@ def reload(config: Config = None) -> None:
 
 
 app.command()(demo)
-
-
-def _settings(config: Path | None, environ: dict[str, str] | os._Environ[str]) -> Settings:
-    try:
-        return load(config, environ)
-    except SettingsError as error:
-        for problem in error.problems:
-            typer.echo(str(problem), err=True)
-        raise typer.Exit(INVALID) from None
+app.add_typer(keys.app, name="keys")
+app.add_typer(nodes.app, name="nodes")
+app.add_typer(certs.app, name="certs")
 
 
 def main() -> None:

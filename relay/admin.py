@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from relay import __version__
+from relay import __version__, admin_breakers, admin_nodes
 from relay.exposition import exposition
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def application(relay: Relay, shared: Shared) -> web.Application:
 
     async def metrics(_: web.Request) -> web.Response:
         # It reads files, and a call that waits for it would be a heartbeat in the worst case.
-        page = await asyncio.to_thread(exposition)
+        page = await asyncio.to_thread(lambda: exposition() + admin_nodes.metrics(shared.nodes))
         return web.Response(body=page, headers={"content-type": CONTENT_TYPE_LATEST})
 
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
+    admin_nodes.add_routes(app, shared.nodes)
+    admin_breakers.add_routes(app, relay.pool)
     return app

@@ -6,26 +6,46 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relay.call import Call, Reply, Wire
-from relay.fleet import Method
+from relay.concurrency import AdaptiveLimit, FixedLimit
+from relay.credentials import allowed_keys
+from relay.credentials.api_key import ApiKey
+from relay.credentials.certificate import CertificateCredential, Rule
+from relay.credentials.keys.stores import key_store
+from relay.credentials.keys.table import KeyTable
+from relay.credentials.node_keys import NodeKeys
+from relay.credentials.node_signature import NodeSignature
+from relay.fleet import MAX_REQUEST, Method
+from relay.limits import Limits, bodies
 from relay.pipeline import Chain, Handler, Policy, compose
 from relay.policies import (
+    GUARDS,
     OBSERVERS,
     ORDER,
+    Accepted,
     AccessLog,
+    Auth,
     Budget,
+    Inventory,
     Maintenance,
     Metrics,
+    Quarantine,
+    Redelivery,
     Repair,
     Retry,
+    Shed,
     Validate,
     metrics,
 )
+from relay.stores import quarantine_list
 from relay.stores.host import HostTable
-from relay.tls import client_context
-from relay.upstreams import http_v1 as upstream_http_v1
-from relay.upstreams import rest_v0 as upstream_rest_v0
-from relay.upstreams.http import Timeouts
-from relay.upstreams.pool import Pool, Target
+from relay.stores.kept import PIECE
+from relay.stores.nodes import Nodes
+from relay.stores.records import HostRecords
+from relay.stores.upstreams import UpstreamTable
+from relay.stores.watched import Watched
+from relay.superlink import superlink
+from relay.tls_files import ListenerTls, UpstreamTls
+from relay.tls_metrics import NO_TLS, Handshakes, Tls
 from relay.wires.forwarded import Forwarding
 from relay.wires.http import Front, Route
 from relay.wires.http_request import Receiver
@@ -33,15 +53,25 @@ from relay.wires.http_v1 import HTTP_V1
 from relay.wires.rest_v0 import REST_V0
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
+    from relay import settings as settings_of
+    from relay.credentials import Credential
+    from relay.policies.shed import Limit
     from relay.settings import Listener, Settings
+    from relay.stores.kept_hosts import Redis
+    from relay.upstreams.balance import Balance
 
 SPECS = {spec.wire: spec for spec in (HTTP_V1, REST_V0)}
-UPSTREAMS = {Wire.HTTP_V1: upstream_http_v1.upstream, Wire.REST_V0: upstream_rest_v0.upstream}
 
 #: Most bytes that are held of a body for a policy that needs it whole.
 BUFFER_LIMIT = 64 * 1024 * 1024
+#: Calls that a worker sends at a time before it knows how fast the SuperLink is.
+_FIRST_LIMIT = 16
+
+
+async def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,54 +80,177 @@ class Relay:
 
     Attributes:
         fronts: one per listener, in the order of the settings.
-        pool: connections to the SuperLink.
+        pool: the addresses of the SuperLink, and connections to them.
         tick: to be called once a second, and at the end.
+        tls: what its listeners and its upstream have of TLS.
+        prepare: to be awaited before calls are served; never raises.
+        close: to be awaited at the end.
     """
 
     fronts: tuple[Front, ...]
-    pool: Pool
+    pool: Balance
     tick: Callable[[], None]
+    tls: Tls = NO_TLS
+    prepare: Callable[[], Awaitable[None]] = _nothing
+    close: Callable[[], Awaitable[None]] = _nothing
 
 
-def build(settings: Settings, table: HostTable) -> Relay:
+def build(
+    settings: Settings,
+    table: HostTable,
+    kept: HostRecords | None = None,
+    nodes: Nodes | None = None,
+    upstreams: UpstreamTable | None = None,
+) -> Relay:
     """Compose the relay. Call it inside the running event loop.
 
     Args:
         settings: the whole tree.
         table: what the workers of the host remember for each other.
+        kept: what they keep for another delivery; by default this relay does so alone.
+        nodes: what they know of nodes; likewise.
+        upstreams: what they know of the SuperLink's addresses; likewise.
 
     Raises:
-        OSError: `upstream.ca_file` cannot be read.
+        OSError: `keys.pepper_file`, or a file of TLS, cannot be read; ValueError: or used.
     """
-    pool = _pool(settings)
-    timeouts = Timeouts(settings.upstream.response_timeout, settings.upstream.heartbeat_timeout)
-    upstream = UPSTREAMS[settings.upstream.wire](pool, timeouts, judging=settings.mode != "pass_through")
+    tls = _tls(settings, table)
+    context = tls.upstream.context if tls.upstream is not None else None
+    pool = superlink(settings, upstreams or UpstreamTable(), context)
     counting = Metrics()
-    chosen = policies(settings, table, counting)
+    keys = _key_table(settings.keys)
+    node_keys = _node_keys(settings.node_keys)
+    chosen = policies(settings, table, counting, kept, nodes)
+    known = credentials(settings, keys, node_keys)
+    asking = [_auth(listener.auth, known) for listener in settings.listeners]
+    ticks: list[Callable[[], None]] = [counting.sample, keys.tick, *(auth.sample for auth in asking)]
+    ticks += [node_keys.tick, *(policy.tick for policy in chosen if isinstance(policy, Quarantine))]
+    ticks += [policy.sample for policy in chosen if isinstance(policy, Inventory)]
+    ticks += [policy.sample for policy in chosen if isinstance(policy, Shed)]
+    ticks += [tls.tick, pool.tick]
+    sharing = [policy for policy in chosen if isinstance(policy, Redelivery)]
+    limits = _limits(settings.limits)
     fronts = tuple(
         Front(
-            _routes(settings, listener, chosen, upstream),
+            _routes(settings, listener, _with(chosen, auth), pool.handler),
             Receiver(
-                Forwarding(listener.trusted_proxies),
-                settings.limits.max_body,
+                Forwarding(listener.trusted_proxies, _certificate_header(listener)),
+                limits,
                 settings.upstream.idle_timeout,
             ),
             idle_timeout=settings.upstream.idle_timeout,
             on_stray=metrics.stray,
         )
-        for listener in settings.listeners
+        for listener, auth in zip(settings.listeners, asking, strict=True)
     )
-    return Relay(fronts, pool, counting.sample)
+
+    def tick() -> None:
+        for each in ticks:
+            each()
+
+    async def prepare() -> None:
+        for policy in sharing:
+            policy.start()
+        await keys.prepare()
+
+    async def close() -> None:
+        for policy in sharing:
+            await policy.close()
+        await keys.close()
+        await pool.close()
+
+    return Relay(fronts, pool, tick, tls, prepare, close)
 
 
-def policies(settings: Settings, table: HostTable, counting: Metrics) -> tuple[Policy, ...]:
-    """Return the policies that these settings ask for, each with its own section alone, in ORDER."""
-    retry, repair = settings.retry, settings.repair
+def credentials(settings: Settings, keys: KeyTable, node_keys: NodeKeys) -> dict[str, Credential]:
+    """Return the credentials that a listener's `auth.accept` may name, by their names."""
+    rules = settings.client_certificates.allow
+    return {
+        "api_key": ApiKey(keys),
+        "node_signature": NodeSignature(node_keys, always=settings.node_keys.verify == "always"),
+        "certificate": CertificateCredential(
+            [Rule(rule.match, rule.name, rule.tenant, rule.labels) for rule in rules]
+        ),
+    }
+
+
+def _node_keys(section: settings_of.NodeKeys) -> NodeKeys:
+    allowed = None
+    if section.allow is not None:
+        allowed = Watched(section.allow, allowed_keys.parse, name="node_keys", absent=None)
+    return NodeKeys(window=section.window, ahead=section.ahead, allowed=allowed)
+
+
+def _quarantine(section: settings_of.Quarantine) -> Quarantine:
+    listed = None
+    if section.file is not None:
+        nobody = quarantine_list.QuarantineList()
+        listed = Watched(section.file, quarantine_list.parse, name="quarantine", absent=nobody)
+    return Quarantine(listed, enforce=section.enforce)
+
+
+def _kept_redis(section: settings_of.Redelivery) -> Redis | None:
+    if not section.enabled or section.redis is None:
+        return None
+    from relay.stores.kept_redis import KeptRedis  # noqa: PLC0415 - imports a library that few need
+
+    return KeptRedis(section.redis.text, str(section.redis))
+
+
+def _key_table(section: settings_of.Keys) -> KeyTable:
+    pepper = section.pepper_file.read_bytes().strip() if section.pepper_file else b""
+    store = key_store(section.file, section.redis.text if section.redis else None, str(section.redis))
+    # A file cannot be down: what was read of it last is right until it says otherwise.
+    return KeyTable(store, pepper=pepper, stale=section.stale if section.redis else 0.0)
+
+
+def _auth(section: settings_of.Auth, known: Mapping[str, Credential]) -> Auth:
+    return Auth(
+        tuple(tuple(known[name] for name in names) for names in section.accept),
+        drop=section.strangers == "drop",
+        forward=section.forward,
+        enforce=section.enforce,
+    )
+
+
+def _with(chosen: tuple[Policy, ...], auth: Auth) -> tuple[Policy, ...]:
+    """Return the policies of one listener: all share them, but for whom they let in."""
+    return tuple(auth if isinstance(policy, Auth) else policy for policy in chosen)
+
+
+def policies(
+    settings: Settings,
+    table: HostTable,
+    counting: Metrics,
+    kept: HostRecords | None = None,
+    nodes: Nodes | None = None,
+) -> tuple[Policy, ...]:
+    """Return the policies that these settings ask for, each with its own section alone, in ORDER.
+
+    What stands for `auth` among them asks for nothing: each listener puts its own in that place.
+    """
+    retry, repair, redelivery = settings.retry, settings.repair, settings.redelivery
+    nodes = nodes or Nodes(settings.inventory.nodes)
+    # Legacy SuperLinks verify no signature: what they accept proves nothing.
+    signed = settings.upstream.wire is Wire.HTTP_V1 and any(
+        "node_signature" in names for listener in settings.listeners for names in listener.auth.accept
+    )
     made: dict[type, Policy] = {
         Metrics: counting,
         AccessLog: AccessLog(debug=settings.log.level == "debug"),
+        Inventory: Inventory(enabled=settings.inventory.enabled, nodes=nodes, keep=settings.inventory.keep),
         Maintenance: Maintenance(enabled=settings.mode == "maintenance"),
-        Validate: Validate(),
+        Auth: Auth(),
+        Validate: Validate(check_calls=settings.limits.check_calls),
+        Quarantine: _quarantine(settings.quarantine),
+        Redelivery: Redelivery(
+            enabled=redelivery.enabled,
+            max_size=redelivery.max_size,
+            deliveries=redelivery.deliveries,
+            records=HostRecords(redelivery.memory // PIECE, PIECE) if kept is None else kept,
+            table=table,
+            redis=_kept_redis(redelivery),
+        ),
         Repair: Repair(lost_answers=repair.lost_answers, reactivate=repair.reactivate, table=table),
         Retry: Retry(
             enabled=retry.enabled,
@@ -105,18 +258,22 @@ def policies(settings: Settings, table: HostTable, counting: Metrics) -> tuple[P
             cap=retry.cap,
             budget=Budget(retry.budget, retry.floor),
         ),
+        Shed: _shed(settings.shed),
+        Accepted: Accepted(enabled=signed, pairs=nodes.pairs),
     }
-    order = OBSERVERS if settings.mode == "pass_through" else ORDER
+    order = (*OBSERVERS, *GUARDS) if settings.mode == "pass_through" else ORDER
     return tuple(made[policy] for policy in order)
 
 
 def chains(settings: Settings) -> Iterator[tuple[Listener, Wire, Method, Chain]]:
     """Yield what `flwr-relay explain` prints: each chain as `build` composes it, but for its upstream."""
     chosen = policies(settings, HostTable(1), Metrics())
+    known = credentials(settings, KeyTable(None), NodeKeys())
     for listener in settings.listeners:
+        here = _with(chosen, _auth(listener.auth, known))
         for wire in listener.wires:
             for method in Method:
-                yield listener, wire, method, _chain(settings, chosen, _unreachable, method)
+                yield listener, wire, method, _chain(settings, here, _unreachable, method)
 
 
 async def _unreachable(_: Call) -> Reply:
@@ -140,14 +297,44 @@ def _routes(
     }
 
 
-def _pool(settings: Settings) -> Pool:
-    section = settings.upstream
-    tls = client_context(section.ca_file) if section.url.tls else None
-    return Pool(
-        Target(section.url.host, section.url.port, section.url.authority, tls),
-        connect_timeout=section.connect_timeout,
-        idle_timeout=section.idle_timeout,
-        keepalive=section.keepalive,
-        max_connections=section.max_connections,
+def _limits(section: settings_of.Limits) -> Limits:
+    requests = {kind: getattr(section.requests, kind.value) for kind in MAX_REQUEST}
+    return Limits(
+        bodies(section.max_body, requests),
+        header_count=section.header_count,
+        header_size=section.header_size,
+        head_size=section.head_size,
+        head_timeout=section.head_timeout,
+        min_rate=section.min_rate,
+        rate_window=section.rate_window,
+        connections=section.connections,
+        connections_per_peer=section.connections_per_peer,
+    )
+
+
+def _tls(settings: Settings, table: HostTable) -> Tls:
+    counting = Handshakes()
+    listeners = [
+        ListenerTls(str(listener.address), listener.tls, counting) if listener.tls is not None else None
+        for listener in settings.listeners
+    ]
+    return Tls(listeners, UpstreamTls(settings.upstream) if settings.upstream.url.tls else None, table)
+
+
+def _certificate_header(listener: Listener) -> bytes:
+    header = listener.client_certificate_header
+    return b"" if header == "off" else header.lower().encode()
+
+
+def _shed(section: settings_of.Shed) -> Shed:
+    limit: Limit | None = None
+    if section.mode == "fixed":
+        limit = FixedLimit(section.limit)
+    elif section.mode == "adaptive":
+        limit = AdaptiveLimit(first=_FIRST_LIMIT, least=section.min_limit, most=section.limit)
+    return Shed(
+        limit=limit,
+        queue=section.queue,
         queue_timeout=section.queue_timeout,
+        max_bytes=section.max_bytes,
     )

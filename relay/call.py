@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from relay.proof import NodeProof
 from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
@@ -230,10 +231,12 @@ class Call:
         fault: what the wire found wrong with it; the policy `validate` refuses it for that.
         certificate: the caller's, if it showed one.
         identity: who the caller is, once the policy `auth` has found out; None where it is not asked.
+        proved: whether the signature of `proof` was verified here; for `credentials.node_keys` alone to set.
     """
 
     __slots__ = (
         "_endings",
+        "_proof",
         "certificate",
         "deadline",
         "fault",
@@ -242,6 +245,7 @@ class Call:
         "method",
         "payload",
         "peer",
+        "proved",
         "request_id",
         "started",
         "wire",
@@ -272,7 +276,20 @@ class Call:
         self.fault = fault
         self.certificate = certificate
         self.identity: Identity | None = None
+        self.proved = False
+        self._proof: NodeProof | None = None
         self._endings: list[Callable[[Call, Ending], None]] = []
+
+    @property
+    def proof(self) -> NodeProof | None:
+        """What the node shows to prove which key it holds, as it came; None if there is nothing.
+
+        Raises:
+            ProofError: it cannot be read.
+        """
+        if self._proof is None and self.wire is Wire.HTTP_V1:  # nobody would verify what a legacy node sends
+            self._proof = NodeProof.of_http(self.metadata)
+        return self._proof
 
     def on_end(self, tell: Callable[[Call, Ending], None]) -> None:
         """Have `tell` called once, when the last byte of the answer was written or the call was given up."""

@@ -85,6 +85,7 @@ _HEARTBEAT_503 = Cell(
 _KICK_401 = Cell(Status(401), "the wish is that this node goes: it deactivates and exits")
 _DROP_MESSAGE_403 = Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
 _CLOSE = Cell(Drop(), "a closed connection is retried; a status would end the node")
+_SILENCE = Cell(Drop(), "a stranger learns nothing; a node with a credential that is mended lives on")
 _LEAVING = "the node asks once, ignores what comes, and is gone"
 
 # Reasons that end by themselves when the upstream comes back.
@@ -97,6 +98,8 @@ _LASTING = frozenset({Reason.FORBIDDEN, Reason.TOO_LARGE, Reason.UPSTREAM_REJECT
 def _http_v1(reason: Reason, kind: Kind | None) -> Cell:
     if reason is Reason.UNAUTHENTICATED:
         return _KICK_401
+    if reason is Reason.STRANGER and kind is not Kind.HEARTBEAT:
+        return _SILENCE
     match kind:
         case Kind.PULL:
             return _NOTHING_NOW
@@ -120,6 +123,8 @@ def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
     match kind:
         case Kind.HEARTBEAT:
             return Cell(Status(503), "any status is retried; a close would kill the heartbeat thread")
+        case _ if reason is Reason.STRANGER:
+            return _SILENCE
         case Kind.PULL | Kind.JOIN if reason is Reason.UNAUTHENTICATED:
             return Cell(Status(401), "the wish is that this node goes: it exits on any status but 200")
         case Kind.PULL if reason in _OUTAGE:

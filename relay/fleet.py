@@ -29,6 +29,18 @@ class Kind(enum.Enum):
     PUSH = "push"
 
 
+#: Longest request of each kind, in bytes; PUSH carries messages and objects, which are as large as a model.
+#: Ids take at most 100 bytes and a public key 300: the rest is room for fields of later releases.
+MAX_REQUEST = {
+    Kind.JOIN: 16 * 1024,
+    Kind.LEAVE: 4 * 1024,
+    Kind.HEARTBEAT: 4 * 1024,
+    Kind.PULL: 16 * 1024,
+    Kind.FETCH: 4 * 1024,
+    Kind.CONFIRM: 4 * 1024,
+}
+
+
 class _Ids(NamedTuple):
     """Field numbers of the ids in a request; 0 where the request has none."""
 

@@ -20,6 +20,7 @@ class Reason(enum.Enum):
     BREAKER_OPEN = "breaker_open"
     DRAINING = "draining"
     UNAUTHENTICATED = "unauthenticated"
+    STRANGER = "stranger"
     FORBIDDEN = "forbidden"
     TOO_LARGE = "too_large"
     MALFORMED = "malformed"
@@ -38,6 +39,7 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
         by: the policy or upstream that said it.
         sent: whether a byte of the call may have reached the upstream.
         status: what the upstream answered, if it did.
+        cause: for a refused credential: what is wrong with it, one of few words, so that it can be counted.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
         by: str = "relay",
         sent: bool = True,
         status: int | None = None,
+        cause: str = "",
     ) -> None:
         super().__init__(f"{reason.value} by {by}: {detail}" if detail else f"{reason.value} by {by}")
         self.reason = reason
@@ -55,6 +58,7 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
         self.by = by
         self.sent = sent
         self.status = status
+        self.cause = cause
 
 
 class NodeGone(Exception):  # noqa: N818 - it names the event

@@ -43,6 +43,10 @@ _METRICS = "flwr-relay-metrics-"
 _LEVELS = ("debug", "info", "warning", "error")
 
 
+class UnsafeParserError(RuntimeError):
+    """aiohttp runs without its C parser."""
+
+
 class _Master(Arbiter):  # type: ignore[misc]
     """gunicorn's master with a reload that refuses bad settings, and a stop that is seen by health checks."""
 
@@ -163,7 +167,7 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
         """Read the settings by `read` now and at each reload. Raises SettingsError."""
         self._read = read
         self.settings = read()
-        self.shared = Shared()
+        self.shared = Shared(self.settings.redelivery.memory, self.settings.inventory.nodes)
         super().__init__()
 
     @property
@@ -231,10 +235,10 @@ def serve(read: Callable[[], Settings]) -> None:
 
     Raises:
         SettingsError: the settings are wrong.
-        RuntimeError: aiohttp runs without its C parser.
+        UnsafeParserError: aiohttp runs without its C parser.
     """
     if aiohttp.http_parser.HttpRequestParser is aiohttp.http_parser.HttpRequestParserPy:
-        raise RuntimeError(
+        raise UnsafeParserError(
             "aiohttp runs without its C extensions; its Python parser is slow and has known request-smuggling"
             " bugs: install a wheel of aiohttp for this platform"
         )

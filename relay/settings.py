@@ -12,7 +12,9 @@ from typing import Any, Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from relay.settings_files import pair_fault
+from relay import settings_auth, settings_nodes, settings_tls, settings_upstream
+from relay.settings_auth import Auth, Keys
+from relay.settings_nodes import Inventory, NodeKeys, Quarantine
 from relay.settings_source import (
     Key,
     Problem,
@@ -24,6 +26,7 @@ from relay.settings_source import (
     read,
     show,
 )
+from relay.settings_tls import CertificateRule, ClientCertificates, Pair, Tls
 from relay.settings_tree import (
     CARRIES,
     Admin,
@@ -31,28 +34,42 @@ from relay.settings_tree import (
     Limits,
     Listener,
     Log,
+    Redelivery,
     Repair,
     Retry,
     Settings,
-    Tls,
     Upstream,
 )
-from relay.settings_types import BaseUrl, HostPort, show_seconds
+from relay.settings_types import BaseUrl, Doc, HostPort, RedisUrl, show_bytes, show_seconds
+from relay.settings_upstream import Breaker, Health, Shed
 
 __all__ = [
     "CARRIES",
     "Admin",
+    "Auth",
     "BaseUrl",
+    "Breaker",
+    "CertificateRule",
+    "ClientCertificates",
     "Drain",
+    "Health",
     "HostPort",
+    "Inventory",
+    "Keys",
     "Limits",
     "Listener",
     "Log",
+    "NodeKeys",
+    "Pair",
     "Problem",
+    "Quarantine",
+    "Redelivery",
+    "RedisUrl",
     "Repair",
     "Retry",
     "Settings",
     "SettingsError",
+    "Shed",
     "Tls",
     "Upstream",
     "load",
@@ -117,15 +134,31 @@ class _Conflict:
 def _conflicts(settings: Settings) -> Iterator[_Conflict]:
     yield from _overlaps(settings)
     yield from _uncarried(settings)
-    upstream = settings.upstream
-    if upstream.ca_file is not None and not upstream.url.tls:
-        message = f"has no effect, because upstream.url is {upstream.url}: use https, or leave it out"
-        yield _Conflict((("upstream", "ca_file"), ("upstream", "url")), show(str(upstream.ca_file)), message)
-    yield from _unpaired(settings)
+    yield from (_Conflict(*found) for found in settings_auth.conflicts(settings))
+    yield from (_Conflict(*found) for found in settings_tls.conflicts(settings))
+    yield from (_Conflict(*found) for found in settings_nodes.conflicts(settings))
+    yield from (_Conflict(*found) for found in settings_upstream.conflicts(settings))
+    limits = settings.limits
+    if limits.header_size > limits.head_size:
+        message = f"must be at most limits.head_size, which is {show_bytes(limits.head_size)}"
+        size = show_bytes(limits.header_size)
+        yield _Conflict((("limits", "header_size"), ("limits", "head_size")), size, message)
     retry, drain = settings.retry, settings.drain
     if retry.base > retry.cap:
         message = f"must be at most retry.cap, which is {show_seconds(retry.cap)}"
         yield _Conflict((("retry", "base"), ("retry", "cap")), show_seconds(retry.base), message)
+    redelivery = settings.redelivery
+    if redelivery.max_size > redelivery.memory // 4:
+        most = show_bytes(redelivery.memory // 4)
+        message = f"must be at most redelivery.memory / 4, which is {most}"
+        yield _Conflict(
+            (("redelivery", "max_size"), ("redelivery", "memory")), show_bytes(redelivery.max_size), message
+        )
+    if redelivery.redis is not None and not redelivery.enabled:
+        message = "has no effect while redelivery.enabled is false: leave one of them out"
+        yield _Conflict(
+            (("redelivery", "redis"), ("redelivery", "enabled")), show(str(redelivery.redis)), message
+        )
     if drain.idle_grace >= drain.timeout:
         message = f"must be shorter than drain.timeout, which is {show_seconds(drain.timeout)}"
         yield _Conflict(
@@ -158,14 +191,6 @@ def _uncarried(settings: Settings) -> Iterator[_Conflict]:
                 yield _Conflict((("listeners", index, "wires"), ("upstream", "wire")), wire.value, message)
 
 
-def _unpaired(settings: Settings) -> Iterator[_Conflict]:
-    for index, listener in enumerate(settings.listeners):
-        tls = listener.tls
-        if tls is not None and (fault := pair_fault(tls.certificate, tls.key)) is not None:
-            section: Key = ("listeners", index, "tls")
-            yield _Conflict(((*section, "key"), (*section, "certificate")), show(str(tls.key)), fault)
-
-
 def _problem(fault: ErrorDetails, source: Source) -> Problem:
     key = fault["loc"]
     if fault["type"] == "extra_forbidden":
@@ -180,7 +205,8 @@ def _problem(fault: ErrorDetails, source: Source) -> Problem:
         context = {"keys": ", ".join(annotation_at(Settings, key).model_fields)}
     template = _RIGHT.get(fault["type"])
     message = template.format_map(context) if template else fault["msg"]
-    return Problem(dotted(key), show(fault["input"]), message, source.origin(key))
+    value = None if _is_secret(key) else show(fault["input"])
+    return Problem(dotted(key), value, message, source.origin(key))
 
 
 def _to_leave_out(key: Key) -> Key:
@@ -189,6 +215,12 @@ def _to_leave_out(key: Key) -> Key:
     while isinstance(key[-1], int) or _is_required(key):
         key = key[:-1]
     return key
+
+
+def _is_secret(key: Key) -> bool:
+    section = annotation_at(Settings, key[:-1])
+    field = getattr(section, "model_fields", {}).get(key[-1])
+    return field is not None and any(isinstance(entry, Doc) and entry.secret for entry in field.metadata)
 
 
 def _is_required(key: Key) -> bool:

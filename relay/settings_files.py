@@ -11,12 +11,14 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from relay import certificates
 from relay.settings_types import Doc
 
 _PRIVATE_KEY = re.compile(
     rb"^-----BEGIN (?P<encrypted>ENCRYPTED )?(?:\w+ )*PRIVATE KEY-----\s*$", re.MULTILINE
 )
 _ENCRYPTED_HEADER = re.compile(rb"^Proc-Type: *4, *ENCRYPTED\s*$", re.MULTILINE)
+SHORTEST_PEPPER = 16
 _ENCRYPTED = "is encrypted, and nobody is there to type its password: give a key without one"
 
 # How OpenSSL says that key and certificate are no pair: same type of key, another type, another curve.
@@ -62,6 +64,18 @@ def _check_certificates(path: Path) -> Path:
     return path
 
 
+def _check_lists(path: Path) -> Path:
+    try:
+        lists = certificates.lists(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except ValueError:
+        lists = []
+    if not lists:
+        raise ValueError("must be a file of PEM revocation lists, and this one holds none that can be read")
+    return path
+
+
 def _check_key(path: Path) -> Path:
     try:
         text = path.read_bytes()
@@ -85,7 +99,30 @@ def _check_pid_file(path: Path) -> Path:
     return path
 
 
+def _check_store(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError("is a directory: write the path of a file in it, such as keys.jsonl")
+    if not path.parent.is_dir():
+        raise ValueError(f"is in no directory that exists: make {path.parent}, or write another path")
+    return path
+
+
+def _check_pepper(path: Path) -> Path:
+    try:
+        size = len(path.read_bytes().strip())
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if size < SHORTEST_PEPPER:
+        raise ValueError(
+            f"must hold at least {SHORTEST_PEPPER} random bytes: make it with openssl rand -hex 32 > FILE"
+        )
+    return path
+
+
 CaFile = Annotated[Path, AfterValidator(_check_certificates), Doc("path")]
 CertificateFile = Annotated[Path, AfterValidator(_check_certificates), Doc("path")]
+CrlFile = Annotated[Path, AfterValidator(_check_lists), Doc("path")]
 KeyFile = Annotated[Path, AfterValidator(_check_key), Doc("path")]
 PidFile = Annotated[Path, AfterValidator(_check_pid_file), Doc("path")]
+PepperFile = Annotated[Path, AfterValidator(_check_pepper), Doc("path")]
+StoreFile = Annotated[Path, AfterValidator(_check_store), Doc("path")]

@@ -9,32 +9,37 @@ from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from relay.call import Wire
+from relay.fleet import MAX_REQUEST, Kind
+from relay.settings_auth import Auth, Keys
 from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile
+from relay.settings_nodes import Inventory, NodeKeys, Quarantine
+from relay.settings_section import Section as _Section
+from relay.settings_tls import ClientCertificates, ServerName, Tls, off
 from relay.settings_types import (
     Address,
     BaseUrl,
     Bytes,
+    BytesOrZero,
     Doc,
     Flag,
     HostPort,
     Network,
     Rate,
+    RedisServer,
     Seconds,
     SecondsOrZero,
     Share,
     Url,
     below,
 )
+from relay.settings_upstream import Breaker, Health, Shed
 
 CARRIES: Final[Mapping[Wire, tuple[Wire, ...]]] = {
     Wire.HTTP_V1: (Wire.HTTP_V1,),
@@ -64,35 +69,6 @@ def _each_once(wires: tuple[Wire, ...]) -> tuple[Wire, ...]:
     return wires
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_all_defaults(cls, value: object) -> object:
-        """A section whose every key is commented out is null in YAML."""
-        return {} if value is None else value
-
-
-def _as_text(version: object) -> object:
-    """`minimum_version: 1.2` is a number in YAML."""
-    return str(version) if isinstance(version, float) else version
-
-
-class Tls(_Section):
-    """How a port is encrypted. Without this section, it is not."""
-
-    certificate: CertificateFile
-    """PEM file of the relay's certificate, followed by those of the authorities between it and the one that
-    nodes trust. It must be made for the name that nodes connect to."""
-
-    key: KeyFile
-    """PEM file of the private key of that certificate, not encrypted."""
-
-    minimum_version: Annotated[Literal["1.2", "1.3"], BeforeValidator(_as_text)] = "1.2"
-    """Oldest version of TLS that is spoken."""
-
-
 class Listener(_Section):
     """One port that SuperNodes connect to."""
 
@@ -113,11 +89,20 @@ class Listener(_Section):
     """Networks of the proxies in front of the relay. `Forwarded` and `X-Forwarded-*` are believed from these
     alone; from any other peer they are ignored."""
 
+    client_certificate_header: Annotated[
+        Literal["off", "Client-Cert", "X-SSL-Client-Cert", "X-Forwarded-Client-Cert"], BeforeValidator(off)
+    ] = "off"
+    """Header in which `trusted_proxies` that terminate TLS pass a node's certificate on: `Client-Cert` of
+    RFC 9440, `X-SSL-Client-Cert` with nginx's `$ssl_client_escaped_cert`, or `X-Forwarded-Client-Cert` of
+    Envoy. The proxy must have verified it, and must take the header off what nodes send. None of these
+    headers is ever sent on to the SuperLink."""
+
     keepalive: Seconds = 75.0
     """Idle time after which a node's connection is closed. Keep it longer than that of a load balancer in
     front, so that the balancer never sends a call into a connection that is closing."""
 
     tls: Tls | None = None
+    auth: Auth = Auth()
 
 
 class Upstream(_Section):
@@ -133,6 +118,17 @@ class Upstream(_Section):
     ca_file: Annotated[CaFile | None, Doc("path")] = None
     """PEM file of the certificate authorities that an `https` SuperLink is checked against, relative to the
     working directory; without one, the system's authorities are used."""
+
+    certificate: Annotated[CertificateFile | None, Doc("path")] = None
+    """PEM file of a certificate that the relay shows to an `https` SuperLink, or to a proxy before it, that
+    asks for one; followed by those of the authorities between it and the one that is trusted there."""
+
+    key: Annotated[KeyFile | None, Doc("path")] = None
+    """PEM file of the private key of `upstream.certificate`, not encrypted."""
+
+    server_name: Annotated[ServerName | None, Doc("host name")] = None
+    """Name that the SuperLink's certificate must be made for, and that it is asked for by SNI, where that is
+    not the host of `upstream.url`."""
 
     connect_timeout: Seconds = 3.0
     """How long opening a connection to the SuperLink may take, the TLS handshake included."""
@@ -159,13 +155,99 @@ class Upstream(_Section):
     """How long a call waits for a free connection to the SuperLink before the node is told to come back
     later."""
 
+    addresses: Annotated[tuple[Url, ...], Doc("list of URLs")] = ()
+    """Further addresses of the same SuperLink, only with `upstream.shared_state: true`. Calls go to the one
+    with the fewest in flight."""
+
+    shared_state: Flag = False
+    """Whether whatever listens at `upstream.addresses`, and behind a name with several IP addresses, has the
+    same state. flwr's own SuperLinks do not: each answers the nodes of another with 401, which shuts them
+    down. So only a proxy or several ways to one SuperLink are a reason to set it. Without it, of several IP
+    addresses of a name one is used for as long as it takes connections."""
+
+    standby: Annotated[tuple[Url, ...], Doc("list of URLs")] = ()
+    """SuperLinks that stand by. One takes over when the one in use has been down for `standby_after`, and
+    stays. It must have the database of the other, and nobody else may be using that: a SuperLink that does
+    not know the nodes ends them all."""
+
+    standby_after: Seconds = 30.0
+    """How long the SuperLink in use must be down, by active checks and calls alike, before one that stands by
+    takes over. Longer than a restart takes."""
+
+    resolve_interval: Seconds = 30.0
+    """How often a host that is a name is resolved again."""
+
+    health: Health = Health()
+
+
+_CountOrZero = Annotated[int, Field(strict=True, ge=0), Doc("whole number, or 0")]
+
+
+class Requests(_Section):
+    """Longest body of the calls that carry ids and keys alone. `push-messages` and `push-object` carry what a
+    model is made of: for them `limits.max_body` counts."""
+
+    join: Bytes = MAX_REQUEST[Kind.JOIN]
+    """`register-node` and `activate-node`, which carry a public key."""
+
+    leave: Bytes = MAX_REQUEST[Kind.LEAVE]
+    """`deactivate-node` and `unregister-node`."""
+
+    heartbeat: Bytes = MAX_REQUEST[Kind.HEARTBEAT]
+    """`send-node-heartbeat`."""
+
+    pull: Bytes = MAX_REQUEST[Kind.PULL]
+    """`pull-messages`."""
+
+    fetch: Bytes = MAX_REQUEST[Kind.FETCH]
+    """`get-run`, `get-fab` and `pull-object`."""
+
+    confirm: Bytes = MAX_REQUEST[Kind.CONFIRM]
+    """`confirm-message-received`."""
+
 
 class Limits(_Section):
-    """What a call may cost."""
+    """What a call may cost. A call over a limit is answered in the way its node survives."""
 
     max_body: Annotated[Bytes, Field(ge=1)] = 4 << 30
-    """Largest body of a call or of its answer, in bytes or with a unit (`KiB`, `MiB`, `GiB`, `TiB`). It must
-    hold the largest object of a run: one array of a model and about 300 bytes."""
+    """Largest body of a call, in bytes or with a unit (`KiB`, `MiB`, `GiB`, `TiB`). It must hold the largest
+    object of a run: one array of a model and about 300 bytes."""
+
+    header_count: Annotated[int, Field(strict=True, ge=20), Doc("whole number, at least 20")] = 100
+    """Most headers of a call."""
+
+    header_size: Annotated[Bytes, Field(ge=1024)] = 16 * 1024
+    """Longest header of a call, with its name, and longest first line. A proxy that passes the certificates
+    of nodes on in a header may need more."""
+
+    head_size: Annotated[Bytes, Field(ge=1024)] = 32 * 1024
+    """Longest first line and headers of a call together, at least `limits.header_size`."""
+
+    head_timeout: Seconds = 20.0
+    """Longest time from the first byte of a call to the end of its headers; then the connection is closed."""
+
+    min_rate: BytesOrZero = 1024
+    """Bytes per second that a node must send of a body, or take of an answer, while the relay waits for it;
+    0 for no such bound. Raise it if your slowest site has a better line: who keeps to this rate may hold a
+    connection to the SuperLink for as long as the body lasts."""
+
+    rate_window: Seconds = 60.0
+    """Time over which `limits.min_rate` is averaged: a line that stalls may catch up."""
+
+    connections: _CountOrZero = 0
+    """Most connections of a worker on one port, 0 for any number. The calls on a connection beyond that are
+    told to come back later, and it is closed; beyond twice that number it is closed at once."""
+
+    connections_per_peer: _CountOrZero = 0
+    """Most connections of a worker from one address, 0 for any number. Nodes behind one NAT share an address.
+    Behind a proxy of `trusted_proxies` it is the calls in flight that count, by the address that the proxy
+    tells."""
+
+    check_calls: Flag = True
+    """Refuse a call that is not what any SuperNode sends: protobuf, with the ids that its method needs.
+    `false` counts such calls, and lets them pass."""
+
+    requests: Requests = Requests()
 
 
 class Retry(_Section):
@@ -202,8 +284,34 @@ class Repair(_Section):
     deactivated first, with its own fresh proof. Otherwise it is refused, and exits."""
 
 
+class Redelivery(_Section):
+    """Messages whose pull answer a node may not have got are kept, and handed out again when it pulls before
+    it has confirmed. The SuperLink itself hands each message out once."""
+
+    enabled: Flag = True
+    """Whether anything is kept. The SuperLink is asked before each further delivery, so that no message is
+    handed out again that a node has confirmed. Switch it off for ClientApps that keep a state and must not
+    see a message twice even if the SuperLink refused its confirmation."""
+
+    deliveries: Annotated[int, Field(strict=True, ge=2, le=100), Doc("whole number, 2 to 100")] = 3
+    """How often a message is handed out at most, the first time included."""
+
+    max_size: Annotated[Bytes, Field(ge=1024)] = 256 << 10
+    """Longest pull answer that is kept, at most a quarter of `redelivery.memory`. It holds no arrays, only
+    about 70 bytes for each piece of one and 500 for the rest."""
+
+    memory: Annotated[Bytes, Field(ge=64 << 10, le=4 << 30)] = 16 << 20
+    """Memory for kept answers of all workers, taken as it is needed. A node that fetches a message needs 1
+    KiB and the size of its pull answer, rounded up to KiB. Set twice what all nodes need at a time. A restart
+    changes it, a reload does not."""
+
+    redis: Annotated[RedisServer | None, Doc("URL", secret=True)] = None
+    """Redis for relays on several hosts, as in `keys.redis`: what one keeps another hands out, as often in
+    all. While it does not answer, each host goes by what it keeps itself. Let nobody else write there."""
+
+
 class Admin(_Section):
-    """The port of health checks and metrics. It is not for nodes."""
+    """The port of health checks, metrics and `/nodes`. It is not for nodes, and asks nobody who he is."""
 
     address: Address = HostPort("127.0.0.1", 9100)
     """Address to listen on. Set `:9100` when the checks or Prometheus come from other hosts, and keep nodes
@@ -250,8 +358,9 @@ class Settings(_Section):
 
     mode: Literal["normal", "maintenance", "pass_through"] = "normal"
     """In `maintenance` the relay answers every call itself, in the way its node survives, and nothing reaches
-    the SuperLink. `pass_through` is for emergencies: no policy but counting and logging stands between nodes
-    and SuperLink, and its answers pass as they are, even those that end nodes. A reload changes it."""
+    the SuperLink. `pass_through` is for emergencies: nothing but counting, logging and the question who may
+    call stands between nodes and SuperLink, and its answers pass as they are, even those that end nodes. A
+    reload changes it."""
 
     pid_file: Annotated[PidFile | None, Doc("path")] = None
     """File that the master writes its process id to, for `flwr-relay reload`, in a directory that exists and
@@ -262,9 +371,17 @@ class Settings(_Section):
     listeners: Annotated[tuple[Listener, ...], AfterValidator(_some), Field(validate_default=True)] = (
         Listener(),
     )
+    keys: Keys = Keys()
+    client_certificates: ClientCertificates = ClientCertificates()
+    node_keys: NodeKeys = NodeKeys()
+    quarantine: Quarantine = Quarantine()
+    inventory: Inventory = Inventory()
     limits: Limits = Limits()
     retry: Retry = Retry()
     repair: Repair = Repair()
+    redelivery: Redelivery = Redelivery()
+    breaker: Breaker = Breaker()
+    shed: Shed = Shed()
     admin: Admin = Admin()
     drain: Drain = Drain()
     log: Log = Log()

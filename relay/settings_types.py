@@ -7,9 +7,10 @@ import ipaddress
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Self
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
@@ -30,11 +31,15 @@ _ANY_IPV6 = "::"
 
 @dataclass(frozen=True, slots=True)
 class Doc:
-    """What the reference page says of a type: its name, and how a value (or the whole default) is written."""
+    """What the reference page says of a type: its name, and how a value (or the whole default) is written.
+
+    A value that is `secret` is never repeated in a problem.
+    """
 
     kind: str
     show: Callable[..., str] = str
     default: str | None = None
+    secret: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,41 @@ class BaseUrl:
         if port == 0:
             raise ValueError("must have a port from 1 to 65535")
         return cls(match["scheme"], host, _DEFAULT_PORTS[match["scheme"]] if port is None else port)
+
+
+_REDIS_RIGHT = "must be a URL: redis://redis:6379/0, rediss://... for TLS, or unix:///run/redis.sock"
+_REDIS_OPTIONS = {"db", "ssl_ca_certs"}
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """Where a Redis server is, and how it is entered. `text` holds the password; str() does not."""
+
+    text: str = field(repr=False)
+
+    def __str__(self) -> str:
+        url = urlsplit(self.text)
+        entry = "***@" if "@" in url.netloc else ""
+        return f"{url.scheme}://{entry}{url.netloc.rpartition('@')[2]}{url.path}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "redis[s]://[user:password@]host[:port][/db]" or "unix:///path[?db=1]". Raises ValueError."""
+        try:
+            url = urlsplit(text)
+            port, options = url.port, parse_qs(url.query, strict_parsing=True) if url.query else {}
+        except ValueError:
+            raise ValueError(_REDIS_RIGHT) from None
+        schemes = ("redis", "rediss", "unix")
+        if url.scheme not in schemes or url.fragment or not options.keys() <= _REDIS_OPTIONS:
+            raise ValueError(_REDIS_RIGHT)
+        if url.scheme == "unix":
+            sound = url.path.startswith("/") and not url.hostname
+        else:
+            sound = bool(url.hostname) and port != 0 and re.fullmatch(r"(/[0-9]{0,3})?", url.path) is not None
+        if not sound:
+            raise ValueError(_REDIS_RIGHT)
+        return cls(text)
 
 
 def _authority(host: str, port: int | None) -> str:
@@ -176,6 +216,10 @@ def _parse_bytes(value: object) -> int:
     return int(amount)
 
 
+def _parse_bytes_or_zero(value: object) -> int:
+    return 0 if value in (0, "0") and not isinstance(value, bool) else _parse_bytes(value)
+
+
 def show_seconds(seconds: float) -> str:
     """Write a duration as the settings accept it: 0.5 is "500ms", 25.0 is "25s"."""
     return f"{seconds * 1000:g}ms" if 0 < seconds < 1 else f"{seconds:g}s"
@@ -213,6 +257,14 @@ def _parse_url(value: object) -> BaseUrl:
     return BaseUrl.parse(value)
 
 
+def _parse_redis(value: object) -> RedisUrl:
+    if isinstance(value, RedisUrl):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(_REDIS_RIGHT)  # noqa: TRY004 - pydantic collects ValueError
+    return RedisUrl.parse(value)
+
+
 def _parse_network(value: object) -> IPv4Network | IPv6Network:
     if isinstance(value, IPv4Network | IPv6Network):
         return value
@@ -242,10 +294,12 @@ def below(limit: float, why: str) -> AfterValidator:
 
 Address = Annotated[HostPort, PlainValidator(_parse_address), Doc("`host:port`")]
 Url = Annotated[BaseUrl, PlainValidator(_parse_url), Doc("URL")]
+RedisServer = Annotated[RedisUrl, PlainValidator(_parse_redis), Doc("URL", secret=True)]
 Network = Annotated[IPv4Network | IPv6Network, PlainValidator(_parse_network), Doc("network")]
 Seconds = Annotated[float, BeforeValidator(_parse_seconds), Doc("duration", show_seconds)]
 SecondsOrZero = Annotated[float, BeforeValidator(_parse_seconds_or_zero), Doc("duration, or 0", show_seconds)]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Doc("size", show_bytes)]
+BytesOrZero = Annotated[int, BeforeValidator(_parse_bytes_or_zero), Doc("size, or 0", show_bytes)]
 Flag = Annotated[bool, Field(strict=True), Doc("`true` or `false`", show_flag)]
 Share = Annotated[
     float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), Doc("number, 0 to 1", show_number)

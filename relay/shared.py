@@ -5,6 +5,10 @@ from __future__ import annotations
 import mmap
 
 from relay.stores.host import HostTable
+from relay.stores.kept import PIECE
+from relay.stores.nodes import Nodes
+from relay.stores.records import HostRecords
+from relay.stores.upstreams import UpstreamTable
 
 _NAMES = ("stopping", "generation", "serving", "refused")
 
@@ -14,12 +18,23 @@ class Shared:
 
     Attributes:
         table: what workers remember of nodes for each other.
+        kept: pull answers that may have to be handed out again.
+        nodes: what is known of each node.
+        upstreams: what is known of each address of the SuperLink.
     """
 
-    def __init__(self) -> None:
-        """Map the memory; to be called before the workers are forked."""
+    def __init__(self, kept: int = 1 << 20, nodes: int = 1024) -> None:
+        """Map the memory; to be called before the workers are forked.
+
+        Args:
+            kept: bytes of it for pull answers.
+            nodes: how many nodes there shall be room for.
+        """
         self._memory = mmap.mmap(-1, 8 * len(_NAMES))
         self.table = HostTable()
+        self.kept = HostRecords(kept // PIECE, PIECE)
+        self.nodes = Nodes(nodes)
+        self.upstreams = UpstreamTable()
 
     @property
     def stopping(self) -> bool:

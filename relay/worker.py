@@ -20,16 +20,17 @@ import uvloop
 from aiohttp import web
 from gunicorn.workers.base import Worker
 
-from relay import tls
+from relay import tls, tls_files
 from relay.wires.http_server import NodeServer
 
 if TYPE_CHECKING:
     import socket
-    import ssl
+    from collections.abc import Sequence
 
     from relay.app import Relay
-    from relay.settings import Listener, Settings
+    from relay.settings import Settings
     from relay.shared import Shared
+    from relay.tls_files import ListenerTls
 
 log = structlog.get_logger("relay.worker")
 
@@ -81,7 +82,12 @@ class RelayWorker(Worker):  # type: ignore[misc]
         from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
         settings: Settings = self.wsgi
-        relay = app.build(settings, self.shared.table)
+        if not await self._files_are_sound(settings):
+            return
+        relay = app.build(
+            settings, self.shared.table, self.shared.kept, self.shared.nodes, self.shared.upstreams
+        )
+        await relay.prepare()
         *node_sockets, admin_socket = self.sockets
         runner = web.AppRunner(admin.application(relay, self.shared), access_log=None, handle_signals=False)
         await runner.setup()
@@ -92,8 +98,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
             for front, listener in zip(relay.fronts, settings.listeners, strict=True)
         ]
         listening = [
-            await self._listen(server, socket.sock, listener)
-            for server, socket, listener in zip(servers, node_sockets, settings.listeners, strict=True)
+            await self._listen(server, socket.sock, files)
+            for server, socket, files in zip(servers, node_sockets, relay.tls.listeners, strict=True)
         ]
         # What was made so far lives as long as the worker: never look at it again.
         gc.collect()
@@ -102,26 +108,24 @@ class RelayWorker(Worker):  # type: ignore[misc]
         self.booted = True
         self.shared.serves(self.generation)
         log.info("worker serves", pid=os.getpid(), mode=settings.mode)
-        beating = self.loop.create_task(self._beat(relay))
+        beating = self.loop.create_task(self._beat(relay, servers))
         await self.stop.wait()
         for server in listening:
             server.close()
         await drain(servers, settings.drain.timeout, settings.drain.idle_grace)
         beating.cancel()
         relay.tick()
-        await relay.pool.close()
+        await relay.close()
         await admin_site.stop()
         # A health check that was accepted meanwhile is still answered.
         await asyncio.sleep(2 * _TURN)
         await runner.cleanup()
 
     async def _listen(
-        self, server: NodeServer, socket: socket.socket, listener: Listener
+        self, server: NodeServer, socket: socket.socket, files: ListenerTls | None
     ) -> asyncio.AbstractServer:
-        context: ssl.SSLContext | None = None
-        if listener.tls is not None:
-            section = listener.tls
-            context = tls.server_context(section.certificate, section.key, section.minimum_version)
+        server.tls = files
+        context = files.context if files is not None else None
         listening: asyncio.AbstractServer = await self.loop.create_server(
             server,
             sock=socket,
@@ -131,11 +135,30 @@ class RelayWorker(Worker):  # type: ignore[misc]
         )
         return listening
 
-    async def _beat(self, relay: Relay) -> None:
+    async def _files_are_sound(self, settings: Settings) -> bool:
+        """Wait until the files of TLS can be used; return whether they can, False if told to stop first.
+
+        They could when the master read the settings. A worker that is started while they are being renewed
+        must wait for that: gunicorn would end the relay for a worker that cannot start.
+        """
+        said = None
+        sections = [listener.tls for listener in settings.listeners if listener.tls is not None]
+        upstream = settings.upstream if settings.upstream.url.tls else None
+        while (fault := tls_files.fault(sections, upstream)) is not None and not self.stop.is_set():
+            if fault != said:
+                log.error("TLS files refused; waiting for others", problem=fault)
+                said = fault
+            self.notify()
+            await asyncio.sleep(1.0)
+        return fault is None
+
+    async def _beat(self, relay: Relay, servers: Sequence[NodeServer] = ()) -> None:
         """Once a second tell the master that this worker is alive, until it has drained; stop without one."""
         while True:
             self.notify()
             relay.tick()
+            for server in servers:
+                server.check_certificates()
             if self.ppid != os.getppid() and not self.stop.is_set():
                 log.warning("the master is gone; stopping", pid=os.getpid())
                 self.stop.set()

@@ -16,8 +16,10 @@ import uvloop
 
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
+from relay.limits import Limits, bodies
 from relay.settings import Listener
 from relay.tls import reset_unfinished_handshakes
+from relay.tls_files import ListenerTls
 from relay.wires.forwarded import Forwarding
 from relay.wires.http import Front, Route
 from relay.wires.http_request import Receiver
@@ -67,6 +69,7 @@ class Served:
         servers: one for each of them.
         handler: who answers its calls; may be changed at any time.
         loop: where it runs.
+        tls: its files, if it is encrypted; nobody calls their `tick`.
     """
 
     def __init__(
@@ -78,14 +81,19 @@ class Served:
         idle_timeout: float = PATIENCE,
         minimum_version: str = "1.2",
         listeners: int = 1,
+        **tls_settings: object,
     ) -> None:
-        """Serve `handler`, encrypted by the certificate and key of `pair` if there is one."""
+        """Serve `handler`, encrypted by the certificate and key of `pair` if there is one.
+
+        `tls_settings` are further ones of `listeners[].tls`.
+        """
         self._listeners = listeners
         self.handler = handler
         tls = None
         if pair is not None:
-            tls = {"certificate": pair[0], "key": pair[1], "minimum_version": minimum_version}
-        self._listener = Listener.model_validate({"address": "127.0.0.1:0", "tls": tls})
+            tls = {"certificate": pair[0], "key": pair[1], "minimum_version": minimum_version, **tls_settings}
+        section = Listener.model_validate({"address": "127.0.0.1:0", "tls": tls}).tls
+        self.tls = ListenerTls("test", section) if section is not None else None
         self._keepalive, self._idle_timeout = keepalive, idle_timeout
         self._thread = threading.Thread(target=self._run, name="served")
         self._stop: asyncio.Event
@@ -151,15 +159,15 @@ class Served:
             for method in Method
         }
         for _ in range(self._listeners):
-            receiver = Receiver(Forwarding([]), 1 << 30, self._idle_timeout)
+            receiver = Receiver(Forwarding([]), Limits(bodies(1 << 30, {})), self._idle_timeout)
             front = Front(routes, receiver, idle_timeout=self._idle_timeout, on_stray=lambda _: None)
             server = NodeServer(front, self._keepalive)
             sock = socket.socket()
             sock.bind(("127.0.0.1", 0))
-            if self._listener.tls is not None:
+            if self.tls is not None:
                 reset_unfinished_handshakes(sock)  # as the master does
             worker = cast("RelayWorker", SimpleNamespace(loop=self.loop))
-            self._listening.append(await RelayWorker._listen(worker, server, sock, self._listener))
+            self._listening.append(await RelayWorker._listen(worker, server, sock, self.tls))
             self.servers.append(server)
             self.ports.append(sock.getsockname()[1])
         self._ready.set()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from relay.upstreams.pool import Pool
+    from relay.upstreams.balance import Balance
 
 STATE: dict[str, object] = {"address": "superlink:8000", "connections": 2, "last_failure": None}
 
@@ -56,7 +56,7 @@ def shared() -> Shared:
 
 @pytest.fixture
 async def client(pool: FakePool, shared: Shared) -> AsyncIterator[TestClient[Any, Any]]:
-    relay = Relay(fronts=(), pool=cast("Pool", pool), tick=lambda: None)
+    relay = Relay(fronts=(), pool=cast("Balance", pool), tick=lambda: None)
     async with TestClient(TestServer(admin.application(relay, shared))) as client:
         yield client
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
 from shutil import copyfile
@@ -10,17 +11,22 @@ from typing import TYPE_CHECKING
 
 import certifi
 import pytest
+from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.message_pb2 import Message as TheMessage
+from flwr.proto.message_pb2 import Metadata
 from prometheus_client import REGISTRY
 from structlog.testing import CapturingLogger
 
-from relay.app import SPECS, UPSTREAMS, build, chains, policies
+from relay.app import SPECS, build, chains, policies
 from relay.call import Call, Ending, Payload, Reply, Source, Wire
-from relay.fleet import Method
+from relay.fleet import MAX_REQUEST, Kind, Method
+from relay.limits import Limits
 from relay.pipeline import compose
 from relay.policies import ORDER, Metrics, access_log
 from relay.refusal import Reason, Refusal
 from relay.settings import load
 from relay.stores.host import HostTable
+from relay.superlink import UPSTREAMS
 from relay.wires.http_server import NodeServer
 from tests.sockets import Listener, Message, connect, response
 
@@ -40,7 +46,11 @@ each_method = pytest.mark.parametrize("method", Method, ids=lambda method: metho
 
 def settings(port: int = 1, **environ: str) -> Settings:
     """Return settings for a SuperLink at `port`; `environ` are RELAY_ variables without the prefix."""
-    given = {"UPSTREAM__URL": f"http://127.0.0.1:{port}", "LISTENERS__0__ADDRESS": "127.0.0.1:0"} | environ
+    given = {
+        "UPSTREAM__URL": f"http://127.0.0.1:{port}",
+        "LISTENERS__0__ADDRESS": "127.0.0.1:0",
+        "LIMITS__CHECK_CALLS": "false",  # most bodies here are no messages
+    } | environ
     return load(None, {f"RELAY_{name}": value for name, value in given.items()})
 
 
@@ -48,6 +58,7 @@ def settings(port: int = 1, **environ: str) -> Settings:
 async def running(chosen: Settings) -> AsyncIterator[list[int]]:
     """Run a relay on loopback; give the ports of its listeners."""
     relay = build(chosen, HostTable(64))
+    await relay.prepare()
     loop = asyncio.get_running_loop()
     servers = [
         NodeServer(front, here.keepalive) for front, here in zip(relay.fronts, chosen.listeners, strict=True)
@@ -59,7 +70,7 @@ async def running(chosen: Settings) -> AsyncIterator[list[int]]:
         for listener, server in zip(listening, servers, strict=True):
             listener.close()
             await server.shutdown(0.1)
-        await relay.pool.close()
+        await relay.close()
 
 
 async def ask(port: int, path: str, body: bytes = b"", *headers: bytes, verb: bytes = b"POST") -> Message:
@@ -80,6 +91,43 @@ async def ask(port: int, path: str, body: bytes = b"", *headers: bytes, verb: by
 
 
 # -- composition --------------------------------------------------------------------------------------
+
+
+async def test_the_limits_of_the_settings_are_those_of_each_listener() -> None:
+    given = {
+        "MAX_BODY": "1MiB",
+        "HEADER_COUNT": "30",
+        "HEADER_SIZE": "2KiB",
+        "HEAD_SIZE": "4KiB",
+        "HEAD_TIMEOUT": "3s",
+        "MIN_RATE": "5KiB",
+        "RATE_WINDOW": "7s",
+        "CONNECTIONS": "11",
+        "CONNECTIONS_PER_PEER": "13",
+        "REQUESTS__HEARTBEAT": "100",
+    }
+    relay = build(
+        load(None, {f"RELAY_LIMITS__{name}": value for name, value in given.items()}), HostTable(64)
+    )
+    (front,) = relay.fronts
+    bodies = {method: {Kind.PUSH: 1 << 20, Kind.HEARTBEAT: 100}.get(method.kind) for method in Method}
+    assert front.limits == Limits(
+        {method: size or MAX_REQUEST[method.kind] for method, size in bodies.items()},
+        header_count=30,
+        header_size=2048,
+        head_size=4096,
+        head_timeout=3.0,
+        min_rate=5120,
+        rate_window=7.0,
+        connections=11,
+        connections_per_peer=13,
+    )
+
+
+async def test_what_no_node_sends_is_refused_by_default() -> None:
+    async with running(settings(LIMITS__CHECK_CALLS="true")) as (port,):
+        answer = await ask(port, GET_RUN, b"\x08\x01")
+        assert (answer.status, answer.body) == (503, b"malformed")
 
 
 def test_the_policies_stand_in_their_order() -> None:
@@ -184,6 +232,35 @@ async def test_a_call_of_every_method_reaches_the_superlink_and_its_answer_the_n
         assert (await answer).body == b"\x08\x07"
     assert asked.start == f"POST {prefix}{method.path} HTTP/1.1".encode()
     assert asked.body == b"\x0a\x02\x08\x07"
+
+
+@pytest.mark.parametrize(("wire", "prefix"), [("http_v1", V1), ("rest_v0", REST)], ids=["http_v1", "rest_v0"])
+@pytest.mark.parametrize("enabled", ["true", "false"], ids=["redelivery", "none"])
+async def test_a_message_is_handed_out_again_if_that_was_set(wire: str, prefix: str, enabled: str) -> None:
+    metadata = Metadata(run_id=9, message_id="ab" * 32, dst_node_id=7, ttl=3600.0, created_at=time.time())
+    message = PullMessagesResponse(messages_list=[TheMessage(metadata=metadata)]).SerializeToString()
+    poll, is_there = b"\x0a\x02\x08\x07", b"\x08\x01\x10\x01"
+    chosen = {"UPSTREAM__WIRE": wire, "REDELIVERY__ENABLED": enabled}
+    async with (
+        Listener() as superlink,
+        running(settings(superlink.port, **chosen)) as (port,),
+        asyncio.TaskGroup() as tasks,
+    ):
+        first = tasks.create_task(ask(port, prefix + "pull-messages", poll))
+        peer = await superlink.accept()
+        await peer.message()
+        await peer.send_all(response(message))
+        assert (await first).body == message
+        second = tasks.create_task(ask(port, prefix + "pull-messages", poll))
+        await peer.message()
+        await peer.send_all(response(b""))
+        if enabled == "true":
+            question = await peer.message()
+            assert question.start == f"POST {prefix}pull-object HTTP/1.1".encode()
+            await peer.send_all(response(is_there))
+        answer = await second
+        assert answer.body == (message if enabled == "true" else b"")
+        assert answer.all(b"content-type") == [b"application/protobuf"]
 
 
 async def test_a_listener_serves_its_own_wires_alone() -> None:

@@ -202,6 +202,8 @@ def wished(reason: Reason, kind: Kind) -> Fate:
     """Return what a node is to do when it is refused for `reason`, on every wire that can say it."""
     if reason is Reason.UNAUTHENTICATED:
         return Fate.LEAVES if kind is Kind.LEAVE else Fate.EXITS
+    if reason is Reason.STRANGER:
+        return Fate.LEAVES if kind is Kind.LEAVE else Fate.RETRIES
     match kind:
         case Kind.PULL:
             return Fate.HEARS_NOTHING
@@ -329,6 +331,8 @@ def test_an_unknown_method_is_refused_in_a_way_that_no_known_call_but_a_rest_hea
     given = answer(wire, reason, None)
     if reason is Reason.UNAUTHENTICATED and wire is Wire.HTTP_V1:
         assert given == Status(401)
+    elif reason is Reason.STRANGER:
+        assert given == Drop()
     else:
         assert given == {Wire.HTTP_V1: Status(503), Wire.REST_V0: Drop()}[wire]
 
@@ -351,6 +355,15 @@ def test_only_nodes_without_a_timeout_are_held_and_no_longer_than_was_measured()
     }
     assert {(wire, method) for wire, method, _ in held} == {(Wire.REST_V0, Method.PULL_MESSAGES)}
     assert all(0 < seconds <= 75 for _, _, seconds in held)
+
+
+def test_a_stranger_is_told_nothing_but_at_a_heartbeat_which_is_never_closed() -> None:
+    told = {
+        (wire, method): cell.answer
+        for (wire, reason, method), cell in TABLE.items()
+        if reason is Reason.STRANGER and cell.answer != Drop()
+    }
+    assert told == {(wire, Method.SEND_NODE_HEARTBEAT): Status(503) for wire in Wire}
 
 
 def test_only_a_reason_that_wishes_it_makes_a_node_go() -> None:

@@ -205,6 +205,19 @@ def test_check_fails_with_one_if_nobody_answers(run: Callable[..., Result]) -> N
     assert result.stderr.startswith("upstream: http://127.0.0.1:1 does not answer: ")
 
 
+def test_check_asks_all_addresses_and_fails_for_any_but_one_that_stands_by(
+    run: Callable[..., Result], superlink: str
+) -> None:
+    gone = "http://127.0.0.1:1"
+    several = {"UPSTREAM__ADDRESSES": f"[{gone}]", "UPSTREAM__SHARED_STATE": "true"}
+    result = run("check", UPSTREAM__URL=superlink, **several)
+    assert (result.exit_code, result.stdout.count("upstream: ok")) == (1, 1)
+    assert result.stderr.startswith(f"upstream: {gone} does not answer: ")
+    result = run("check", UPSTREAM__URL=superlink, UPSTREAM__STANDBY=f"[{gone}]")
+    assert (result.exit_code, result.stdout.count("upstream: ok")) == (0, 1)
+    assert result.stderr.startswith(f"standby: {gone} does not answer: ")
+
+
 def test_check_asks_nobody_if_it_is_told_not_to(run: Callable[..., Result]) -> None:
     result = run("check", "--no-probe", UPSTREAM__URL="http://127.0.0.1:1")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "settings: ok (defaults)\n", "")
@@ -228,7 +241,8 @@ def test_explain_prints_the_chain_of_every_method_under_its_listener_and_wire(
         assert name == method.rpc
         first, *between, last = steps.strip().split(" -> ")
         assert (first, last) == ("metrics", "http_v1 https://superlink")
-        assert between[:2] == ["access_log", "validate"]
+        assert between[0] == "access_log"
+        assert "validate" in between
 
 
 def test_explain_asks_nobody(run: Callable[..., Result]) -> None:

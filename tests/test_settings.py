@@ -254,6 +254,15 @@ def test_a_section_or_a_listener_without_keys_has_the_defaults(tmp_path: Path) -
         ({"pid_file": 5}, "pid_file = 5: must be a path (relay.yaml:1)"),
         ({"pid_file": "/nowhere/relay.pid"}, "pid_file = '/nowhere/relay.pid': is in no directory that"),
         ({"retry": {"enabled": 1}}, "retry.enabled = 1: must be true or false (relay.yaml:2)"),
+        ({"redelivery": {"deliveries": 1}}, "redelivery.deliveries = 1: must be at least 2 (relay.yaml:2)"),
+        (
+            {"redelivery": {"max_size": 100}},
+            "redelivery.max_size = 100: must be at least 1024 (relay.yaml:2)",
+        ),
+        (
+            {"redelivery": {"memory": "1KiB"}},
+            "redelivery.memory = '1KiB': must be at least 65536 (relay.yaml:2)",
+        ),
         ({"retry": {"budget": -0.1}}, "retry.budget = -0.1: must be at least 0 (relay.yaml:2)"),
         ({"retry": {"budget": 1.5}}, "retry.budget = 1.5: must be at most 1 (relay.yaml:2)"),
         ({"retry": {"budget": "20%"}}, "retry.budget = '20%': must be a number (relay.yaml:2)"),
@@ -265,7 +274,7 @@ def test_a_section_or_a_listener_without_keys_has_the_defaults(tmp_path: Path) -
         ({"repair": {"reactivate": None}}, "repair.reactivate = None: must be true or false (relay.yaml:2)"),
         (
             {"listeners": [{"tls": True}]},
-            "listeners[0].tls = True: must be a mapping with any of the keys certificate, key, minimum",
+            "listeners[0].tls = True: must be a mapping with any of the keys certificate, key, certificates",
         ),
         ({"upstrem": {}}, "upstrem: is not a setting; did you mean upstream? (relay.yaml:1)"),
         ({"token": "s3cret"}, "token: is not a setting; known here: workers, mode, pid_file, upstream"),
@@ -411,6 +420,10 @@ def test_a_private_key_that_was_pasted_in_is_not_repeated(tmp_path: Path) -> Non
     [
         ({"retry": {"base": "6s"}}, "retry.base = 6s: must be at most retry.cap, which is 5s (relay.yaml:2)"),
         (
+            {"limits": {"header_size": "33KiB"}},
+            "limits.header_size = 33KiB: must be at most limits.head_size, which is 32KiB (relay.yaml:2)",
+        ),
+        (
             {"retry": {"cap": "50ms"}},
             "retry.base = 100ms: must be at most retry.cap, which is 50ms (default)",
         ),
@@ -422,9 +435,17 @@ def test_a_private_key_that_was_pasted_in_is_not_repeated(tmp_path: Path) -> Non
             {"drain": {"timeout": "5s"}},
             "drain.idle_grace = 5s: must be shorter than drain.timeout, which is 5s (default)",
         ),
+        (
+            {"redelivery": {"memory": "1023KiB"}},
+            "redelivery.max_size = 256KiB: must be at most redelivery.memory / 4, which is 261888B (default)",
+        ),
+        (
+            {"redelivery": {"max_size": "8MiB"}},
+            "redelivery.max_size = 8MiB: must be at most redelivery.memory / 4, which is 4MiB (relay.yaml:2)",
+        ),
     ],
 )
-def test_durations_must_fit_together(tmp_path: Path, tree: dict[str, Any], said: str) -> None:
+def test_durations_and_sizes_must_fit_together(tmp_path: Path, tree: dict[str, Any], said: str) -> None:
     assert problems(tmp_path, tree) == [said]
 
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from relay.call import Wire
 from relay.settings import load
 from relay.settings_source import _holds, annotation_at, keys
-from relay.settings_tree import CARRIES, Listener, Retry, Settings, Tls, Upstream
+from relay.settings_tls import Pair, Tls
+from relay.settings_tree import CARRIES, Listener, Retry, Settings, Upstream
 from tests.certificates import make_pair
 
 
@@ -54,15 +55,28 @@ def test_the_example_holds_every_key_with_its_default(tmp_path: Path) -> None:
     example = Path(__file__).parents[1] / "relay.example.yaml"
     assert load(example, {}) == Settings()
     # The keys whose default is no fixed value, or none, are commented out.
-    text = re.sub(r"(?m)^( *)# ( *\w+:(?: \S+)?)$", r"\1\2", example.read_text())
+    text = re.sub(r"(?m)^( *)# ( *(?:- )?\w+:(?: \S+)?)$", r"\1\2", example.read_text())
     certificate, key = make_pair(tmp_path)
     path = tmp_path / "relay.yaml"
-    edited = text.replace("/etc/flwr-relay/superlink-ca.pem", "null")
+    files = r"/etc/flwr-relay/(superlink-ca\.pem|node-keys|keys\.jsonl|pepper)|rediss://\S+"
+    edited = re.sub(files, "null", text)
+    edited = edited.replace("/var/lib/flwr-relay/quarantine", "null")
+    edited = re.sub(r"/etc/flwr-relay/(clients-(ca|crl)|upstream(-key)?)\.pem", "null", edited)
+    edited = edited.replace("superlink.example", "null")
+    edited = re.sub(r"(?m)^  allow:\n(?:    .*\n)+", "  allow: []\n", edited)
     path.write_text(re.sub(r"/\S+/(relay(?:-key)?\.(?:pem|pid))", rf"{tmp_path}/\1", edited))
     assert load(path, {}) == Settings(
         workers=4,
         pid_file=tmp_path / "relay.pid",
-        listeners=(Listener(tls=Tls(certificate=certificate, key=key)),),
+        listeners=(
+            Listener(
+                tls=Tls(
+                    certificate=certificate,
+                    key=key,
+                    certificates=(Pair(certificate=certificate, key=key),),
+                )
+            ),
+        ),
     )
     tree = yaml.safe_load(text)
     assert {key for key in keys(Settings) if _holds(tree, key)} == set(keys(Settings))

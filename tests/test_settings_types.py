@@ -12,6 +12,7 @@ from relay.settings_types import (
     Address,
     BaseUrl,
     Bytes,
+    BytesOrZero,
     Flag,
     HostPort,
     Network,
@@ -221,6 +222,16 @@ def test_a_size_that_is_none_is_refused(value: object, reason: str) -> None:
 @given(st.integers(min_value=1, max_value=10**18 - 1))
 def test_a_size_is_written_as_it_is_read(size: int) -> None:
     assert TypeAdapter[int](Bytes).validate_python(show_bytes(size)) == size
+
+
+@pytest.mark.parametrize(("value", "size"), [(0, 0), ("0", 0), ("1KiB", 1024), (7, 7)])
+def test_a_size_may_be_zero_where_that_means_something(value: object, size: int) -> None:
+    assert TypeAdapter[int](BytesOrZero).validate_python(value) == size
+
+
+@pytest.mark.parametrize("value", [-1, False, "", "none", "0.5"])
+def test_a_size_or_zero_is_nothing_else(value: object) -> None:
+    assert "must be" in refusal(BytesOrZero, value)
 
 
 @pytest.mark.parametrize(

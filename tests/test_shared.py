@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from relay.shared import Shared
+from relay.stores.kept import PIECE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,3 +91,11 @@ def test_what_one_worker_remembers_of_a_node_is_known_to_the_others() -> None:
     shared = Shared()
     in_a_child(lambda: shared.table.put(b"node", 7))
     assert shared.table.get(b"node") == 7
+
+
+def test_what_one_worker_keeps_for_a_node_is_there_for_the_others() -> None:
+    shared = Shared(kept=64 * PIECE)
+    assert shared.kept.size == PIECE
+    in_a_child(lambda: shared.kept.put(b"answer", bytes(PIECE), 60.0))
+    assert shared.kept.get(b"answer") == bytes(PIECE)
+    assert Shared().kept.get(b"answer") is None

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,7 @@ class Federation:
         listener_config: Mapping[str, Any] | None = None,
         entry_port: int | None = None,
         root_certificates: Path | None = None,
+        userinfo: Sequence[str] = (),
         superexec: bool = False,
         superlink_log_level: str = "INFO",
         keep: bool = False,
@@ -154,6 +155,8 @@ class Federation:
             entry_port: the port that SuperNodes connect to, if it is neither the relay's nor the SuperLink's.
             root_certificates: with them SuperNodes speak TLS; the relay itself does so if `listener_config`
                 says so.
+            userinfo: what SuperNodes present themselves with, as `name:key`, in their order; those beyond
+                with nothing.
             superexec: start ServerApps from a SuperExec beside the SuperLink, so that they outlive it.
             superlink_log_level: with DEBUG its access log has every call.
             keep: leave the directory at the end.
@@ -181,7 +184,12 @@ class Federation:
         self.relay_port, self.admin_port = (self._port(), self._port()) if relayed else (fleet, 0)
         self.relay = self._relay(workers, relay_config or {}, listener_config or {}) if relayed else None
         entry = self.relay_port if entry_port is None else entry_port
-        self.supernodes = [self._supernode(number, entry, root_certificates) for number in range(nodes)]
+        self.supernodes = [
+            self._supernode(
+                number, entry, root_certificates, userinfo[number] if number < len(userinfo) else ""
+            )
+            for number in range(nodes)
+        ]
 
     def __enter__(self) -> Self:
         self._sweeper = subprocess.Popen(  # noqa: S603 - our own argv, no shell
@@ -308,7 +316,9 @@ class Federation:
         argv = flower.superexec_argv(self.wire, self._flwr_bin, self.ports)
         return self._process("superexec", argv)
 
-    def _supernode(self, number: int, entry_port: int, root_certificates: Path | None) -> Process:
+    def _supernode(
+        self, number: int, entry_port: int, root_certificates: Path | None, userinfo: str
+    ) -> Process:
         node_config = {"partition-id": number, "num-partitions": self._nodes}
         argv = flower.supernode_argv(
             self.wire,
@@ -317,6 +327,7 @@ class Federation:
             self._port(),
             node_config,
             root_certificates=root_certificates,
+            userinfo=userinfo,
         )
         return self._process(f"supernode-{number}", argv, _has_node_id)
 

@@ -81,6 +81,7 @@ def supernode_argv(
     node_config: RunConfig,
     *,
     root_certificates: Path | None = None,
+    userinfo: str = "",
 ) -> Words:
     """The command of a SuperNode.
 
@@ -91,14 +92,16 @@ def supernode_argv(
         own_port: where its ClientApps find it.
         node_config: what its ClientApps read.
         root_certificates: a PEM file of those it trusts; without, it does not use TLS.
+        userinfo: what it presents itself with, as `name:key`; "" for nothing.
     """
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
     tls: Words = ["--root-certificates", root_certificates] if root_certificates else ["--insecure"]
     argv: Words = [flwr_bin / "flower-supernode", *tls, "--node-config", config]
+    address = f"{userinfo}@{LOOPBACK}:{fleet_port}" if userinfo else f"{LOOPBACK}:{fleet_port}"
     if wire is Wire.HTTP_V1:
-        return [*argv, "--superlink", f"{LOOPBACK}:{fleet_port}", "--host", LOOPBACK, "--port", str(own_port)]
+        return [*argv, "--superlink", address, "--host", LOOPBACK, "--port", str(own_port)]
     scheme = "https" if root_certificates else "http"
-    argv += ["--rest", "--superlink", f"{scheme}://{LOOPBACK}:{fleet_port}"]
+    argv += ["--rest", "--superlink", f"{scheme}://{address}"]
     return [*argv, "--clientappio-api-address", f"{LOOPBACK}:{own_port}"]
 
 

@@ -4,32 +4,67 @@ ORDER is the order in which a call meets them:
 
     metrics      outermost: whatever happens further in is counted and timed once
     access_log   likewise written down once, with the refusal and its original
+    inventory    likewise: what its node was refused belongs to what is known of it
     maintenance  nothing but the two above happens to a call while the SuperLink is worked on
+    auth         before anything looks at what a stranger sent; it stays in `mode: pass_through`
     validate     before anything acts on a call that the wire found to be broken
+    quarantine   after both, so that it knows who calls and can read the ids; it stays in `mode: pass_through`
+    redelivery   outside of repair and retry: it keeps what came out of them, and nothing that was made here
     repair       outside of retry: it judges what came out of all attempts
-    retry        innermost: an attempt is one exchange with the upstream
+    retry        outside of one exchange with the upstream, which is one attempt
+    shed         inside of retry: who waits for a repeat must not hold a place in the SuperLink's queue
+    accepted     innermost: only what the SuperLink itself answered counts
 """
 
+from relay.policies.accepted import Accepted
 from relay.policies.access_log import AccessLog
+from relay.policies.auth import Auth
+from relay.policies.inventory import Inventory
 from relay.policies.maintenance import Maintenance
 from relay.policies.metrics import Metrics
+from relay.policies.quarantine import Quarantine
+from relay.policies.redelivery import Redelivery
 from relay.policies.repair import Repair
 from relay.policies.retry import Budget, Retry
+from relay.policies.shed import Shed
 from relay.policies.validate import Validate
 
 __all__ = [
+    "GUARDS",
     "OBSERVERS",
     "ORDER",
+    "Accepted",
     "AccessLog",
+    "Auth",
     "Budget",
+    "Inventory",
     "Maintenance",
     "Metrics",
+    "Quarantine",
+    "Redelivery",
     "Repair",
     "Retry",
+    "Shed",
     "Validate",
 ]
 
-ORDER = (Metrics, AccessLog, Maintenance, Validate, Repair, Retry)
+ORDER = (
+    Metrics,
+    AccessLog,
+    Inventory,
+    Maintenance,
+    Auth,
+    Validate,
+    Quarantine,
+    Redelivery,
+    Repair,
+    Retry,
+    Shed,
+    Accepted,
+)
 
 #: What stays in `mode: pass_through`.
-OBSERVERS = (Metrics, AccessLog)
+OBSERVERS = (Metrics, AccessLog, Inventory)
+
+#: What stays there as well: an emergency must not open a port to strangers.
+GUARDS = (Auth, Quarantine)

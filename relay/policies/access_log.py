@@ -67,7 +67,12 @@ def _fields(call: Call, ending: Ending, head: bytes) -> dict[str, Any]:
         "ms": round(ending.seconds * 1000, 2),
         "request_id": call.request_id,
     }
+    if call.identity is not None:
+        fields["identity"] = call.identity.name
+        fields["tenant"] = call.identity.tenant
     if ending.refusal is not None:
         fields["detail"] = ending.refusal.detail
         fields["by"] = ending.refusal.by
+        if ending.refusal.cause:
+            fields["cause"] = ending.refusal.cause
     return fields

@@ -7,10 +7,12 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from relay.wires import client_certificate
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from relay.call import Metadata
+    from relay.call import Certificate, Metadata
 
     Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -34,11 +36,21 @@ NO_CLAIMS = Claims()
 
 
 class Forwarding:
-    """Decides per call what is believed, and writes what the upstream is told."""
+    """Decides per call what is believed, and writes what the upstream is told.
 
-    def __init__(self, trusted: Collection[Network]) -> None:
-        """Believe what comes from an address in `trusted`; discard it from anybody else."""
+    Attributes:
+        certificate_header: in lower case; b"" if no proxy sends one.
+    """
+
+    def __init__(self, trusted: Collection[Network], certificate_header: bytes = b"") -> None:
+        """Believe what comes from an address in `trusted`; discard it from anybody else.
+
+        Args:
+            trusted: networks of proxies.
+            certificate_header: name of the one with a node's certificate, in lower case.
+        """
         self._trusted = tuple(trusted)
+        self.certificate_header = certificate_header
         # Behind a proxy there are few direct peers, without one a node keeps its connection.
         self._is_trusted = lru_cache(maxsize=4096)(self._look_up)
         self._cached_hop = lru_cache(maxsize=1024)(_first_hop)
@@ -65,6 +77,22 @@ class Forwarding:
             (b"x-forwarded-proto", claims.proto or proto),
             (b"x-forwarded-host", claims.host or host),
         ]
+
+    def certificate(self, direct: str, header: bytes, own: Certificate | None) -> Certificate | None:
+        """Return the certificate of the node.
+
+        Args:
+            direct: address at the other end of the connection.
+            header: value of `certificate_header`; b"" if it is not there.
+            own: what was shown on the connection itself: behind a proxy, the proxy's, and never a node's.
+        """
+        if not self._is_trusted(direct):
+            return own
+        return client_certificate.from_header(self.certificate_header, header) if header else None
+
+    def trusts(self, address: str) -> bool:
+        """Return whether this is the address of a proxy that is believed."""
+        return self._is_trusted(address)
 
     def _client(self, hops: list[bytes]) -> str:
         """Return the last hop that is no proxy of ours: what stands before it anybody may have written."""

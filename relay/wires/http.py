@@ -18,8 +18,10 @@ from aiohttp import HttpVersion11
 from relay import dialect
 from relay.call import Ending, Reply, Source, Wire
 from relay.fleet import BY_PATH
+from relay.limits import Peers
 from relay.refusal import NodeGone, Reason, Refusal
 from relay.wires.http_request import CONTENT_TYPE, WHOLE, Receiver, Spec
+from relay.wires.http_server import untaken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,6 +60,8 @@ class Front:
         busy: connections on which a request is being answered.
         stray: counts what was no call.
         idle_timeout: seconds after which a node that takes nothing of its answer is given up.
+        limits: what nodes may cost; the receiver's.
+        peers: counts what each peer has here, if that is limited.
     """
 
     def __init__(
@@ -78,10 +82,17 @@ class Front:
         """
         self._routes = routes
         self._receiver = receiver
+        self.limits = receiver.limits
+        per_peer = self.limits.connections_per_peer
+        self.peers = Peers(per_peer) if per_peer else None
         self.idle_timeout = idle_timeout
         self.stray = on_stray
         self.draining = False
         self.busy: set[NodeConnection] = set()
+
+    def trusts(self, peer: str) -> bool:
+        """Return whether a peer is a proxy that is believed."""
+        return self._receiver.forwarding.trusts(peer)
 
     # -- one request --------------------------------------------------------------------------------
 
@@ -101,6 +112,8 @@ class Front:
         if route is None or request.message.method != "POST":
             return self._no_call(request, path)
         call = request.call = self._receiver.call(request, route.spec, route.method)
+        if self.peers is not None and self.trusts(request.connection.peer):
+            self.peers.enter_call(call)
         reply: Reply | None = None
         try:
             await self._receive(request, call)
@@ -210,19 +223,20 @@ class Front:
         return True
 
     async def _drain(self, request: NodeRequest) -> None:
-        """Wait until the node has taken enough; a slow node may, one that takes nothing is gone."""
-        waiting = 0
-        while (transport := _open_transport(request)).get_write_buffer_size() != waiting:
-            waiting = transport.get_write_buffer_size()
+        """Wait until the node has taken enough; a slow node may, one that takes next to nothing is gone."""
+        pace = request.connection.pace()
+        left = untaken(_open_transport(request))
+        while True:
             try:
                 async with asyncio.timeout(self.idle_timeout):
                     await request.connection.drain()
                     return
             except TimeoutError:
-                continue
+                before, left = left, untaken(_open_transport(request))
+                if left >= before or not pace.holds(self.idle_timeout, before - left):
+                    raise NodeGone from None
             except ConnectionError as error:
                 raise NodeGone from error
-        raise NodeGone
 
     def _refused(self, request: NodeRequest, call: Call, refusal: Refusal) -> bool:
         self._end(call, refusal.reason.value, None, refusal=refusal)
@@ -280,7 +294,11 @@ class Front:
         framed = reply is None or reply.payload.size is not None or request.message.version >= HttpVersion11
         message = request.message
         # What follows a wish to upgrade, which is always refused, is not to be taken for a request.
-        return framed and not (message.should_close or message.upgrade or self.draining)
+        if message.should_close or message.upgrade or self.draining:
+            return False
+        # Whoever sent a broken call may see its end elsewhere.
+        fault = request.connection.excess if request.call is None else request.call.fault
+        return framed and fault is None
 
     def _connection(self, request: NodeRequest, *, keep: bool) -> bytes:
         """Return the Connection header, if the default would mislead, and the end of the head."""

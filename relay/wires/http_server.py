@@ -9,9 +9,14 @@ have them, and tests/wires/test_http.py would notice a change.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
+import re
 import socket
 import struct
+import sys
+import termios
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -19,6 +24,8 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import _ErrInfo
 
+from relay.limits import Pace
+from relay.refusal import Reason, Refusal
 from relay.tls import handshake_done
 
 if TYPE_CHECKING:
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
     from aiohttp.streams import StreamReader
 
     from relay.call import Call
+    from relay.certificates import Shown
+    from relay.tls_files import ListenerTls
     from relay.wires.http import Front
 
 log = structlog.get_logger("relay.wires.http")
@@ -34,7 +43,11 @@ log = structlog.get_logger("relay.wires.http")
 READ_BUFFER = 256 * 1024
 #: How long an answered node may go on sending a body that nobody wants, before its connection is closed.
 LINGER = 10.0
+#: Beyond this multiple of `limits.connections` a connection is reset before it has said anything.
+_FAR = 2
 
+# What a parser says by itself; a colon, a quote or an escape may begin what it was given.
+_OWN_WORDS = re.compile(r"[A-Za-z0-9 '`./-]{1,80}")
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -79,12 +92,27 @@ class NodeConnection(web.RequestHandler):
     Attributes:
         peer: its address; "" for a Unix socket.
         tls: whether it is encrypted.
+        excess: why each call on it is refused, if there are too many connections.
+        heavy: whether one of its heads may be longer than allowed.
+        shown: the certificate that its client has shown, if any.
     """
 
-    __slots__ = ("_front", "peer", "tls")
+    __slots__ = (
+        "_counted",
+        "_front",
+        "_head_bytes",
+        "_head_timer",
+        "_server",
+        "excess",
+        "heavy",
+        "peer",
+        "shown",
+        "tls",
+    )
 
     def __init__(self, server: NodeServer, loop: asyncio.AbstractEventLoop) -> None:
         """Prepare the connection; the event loop calls `connection_made` when it is open."""
+        limits = server.front.limits
         # Bodies pass as they are, so nothing may be decompressed.
         super().__init__(
             server,
@@ -94,10 +122,20 @@ class NodeConnection(web.RequestHandler):
             read_bufsize=READ_BUFFER,
             access_log=None,  # type: ignore[arg-type]  # that is how aiohttp says "none"
             lingering_time=LINGER,
+            max_line_size=limits.header_size,
+            max_field_size=limits.header_size,
+            max_headers=limits.header_count,
         )
         self._front = server.front
         self.peer = ""
         self.tls = False
+        self.excess: Refusal | None = None
+        self.heavy = False
+        self.shown: Shown | None = None
+        self._server = server
+        self._counted = False
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note once who this is."""
@@ -105,13 +143,43 @@ class NodeConnection(web.RequestHandler):
         if isinstance(peer, tuple):
             self.peer = peer[0].removeprefix("::ffff:")  # an IPv4 node on an IPv6 socket
         self.tls = transport.get_extra_info("sslcontext") is not None
-        if self.tls:
+        sound = self._take_certificate(transport)
+        if self.tls and sound:
             handshake_done(transport)
         super().connection_made(transport)
+        if not sound:
+            transport.abort()  # type: ignore[attr-defined]  # a reset: its handshake is not told to be done
+        if self._front.limits.connections or self._front.limits.connections_per_peer:
+            self._count()
+
+    def _take_certificate(self, transport: asyncio.BaseTransport) -> bool:
+        """Note the certificate that the client has shown; return whether it may still be used."""
+        files = self._server.tls
+        if files is None or not files.asks:
+            return True
+        try:
+            self.shown = files.shown(transport.get_extra_info("ssl_object"))
+        except ValueError as error:
+            log.info("client certificate refused", peer=self.peer, problem=str(error))
+            return False
+        return True
+
+    def _count(self) -> None:
+        """Have this connection counted; each call of one too many is refused, and its place is soon free."""
+        self._counted = True
+        self.excess = self._server.enter(self)
+        if self.excess is not None:
+            self._head_timer = self._loop.call_later(self._front.limits.head_timeout, self._head_is_late)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Let go of the transport first: its descriptor may be another connection's soon."""
         self.transport = None
+        if self._counted:
+            self._counted = False
+            self._server.leave(self)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
         super().connection_lost(exc)
 
     @property
@@ -122,12 +190,44 @@ class NodeConnection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         """Parse the next bytes; should they be garbage, the body that they stand in ends with an error."""
         super().data_received(data)
-        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+        if not self._messages:
+            if self._current_request is None:
+                self._head_goes_on(len(data))
+            return
+        if self._head_bytes + len(data) > self._front.limits.head_size:
+            self.heavy = True  # or its body was long: the receiver looks
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        if isinstance(self._messages[-1][0], _ErrInfo):
             before = self._messages[-2][1] if len(self._messages) > 1 else None
             if before is None and self._current_request is not None:
                 before = self._current_request.content
             if before is not None and not before.is_eof() and before.exception() is None:
                 before.set_exception(web.RequestPayloadError("no HTTP within the body"))
+
+    def _head_goes_on(self, size: int) -> None:
+        """Note bytes of a head that is not complete; give up one that is too long or takes too long."""
+        limits = self._front.limits
+        self._head_bytes += size
+        if self._head_bytes > limits.head_size:
+            self._give_head_up(f"no end of a head within {limits.head_size} bytes")
+        elif self._head_timer is None:
+            self._head_timer = self._loop.call_later(limits.head_timeout, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._current_request is None and not self._messages:
+            self._give_head_up(f"no end of a head within {self._front.limits.head_timeout:g} s")
+
+    def _give_head_up(self, why: str) -> None:
+        """Close without an answer: whose head is not here cannot be told anything that it would survive."""
+        if self._force_close:
+            return
+        log.info("not HTTP, or broken", peer=self.peer, error=why)
+        self._front.stray("dropped")
+        self.force_close()
 
     def force_close(self) -> None:
         """Close; within a call by a reset, since a FIN could pass for the end of its answer."""
@@ -136,17 +236,23 @@ class NodeConnection(web.RequestHandler):
             self.reset()
         super().force_close()
         if transport is not None:
-            self._watch_close(transport, 0)
+            self._watch_close(transport, None, self.pace())
 
-    def _watch_close(self, transport: asyncio.Transport, before: int) -> None:
+    def _watch_close(self, transport: asyncio.Transport, before: int | None, pace: Pace) -> None:
         """Have a close come to its end, which waits for a node to take what is left of its answer."""
         if self._manager is None:
             return  # it has ended
-        left = transport.get_write_buffer_size()
-        if left and left == before:
+        if not transport.get_write_buffer_size():
+            return
+        left, seconds = untaken(transport), self._front.idle_timeout
+        if before is not None and not (left < before and pace.holds(seconds, before - left)):
             _reset(transport)
-        elif left:
-            self._loop.call_later(self._front.idle_timeout, self._watch_close, transport, left)
+        else:
+            self._loop.call_later(seconds, self._watch_close, transport, left, pace)
+
+    def pace(self) -> Pace:
+        """Return a measure of how fast the node takes an answer."""
+        return Pace(self._front.limits.min_rate, self._front.limits.rate_window)
 
     async def drain(self) -> None:
         """Wait until the node has taken enough of its answer. Raises ConnectionError when it is gone."""
@@ -194,7 +300,7 @@ class NodeConnection(web.RequestHandler):
             self._resume_reading_if_drained()
         if isinstance(message, _ErrInfo):
             # A 400 would end a node whose call was mangled on its way; a close makes it try again.
-            log.info("not HTTP, or broken", peer=self.peer, error=message.message)
+            log.info("not HTTP, or broken", peer=self.peer, error=_reason(message))
             self._front.stray("dropped")
             return False
         request = NodeRequest(message, content, self)
@@ -230,6 +336,27 @@ class NodeConnection(web.RequestHandler):
             self._keepalive_handle = self._loop.call_at(close_time, self._process_keepalive)
 
 
+def _reason(error: _ErrInfo) -> str:
+    """Return what the parser found wrong, without the bytes in which it found it: those may be secret."""
+    text = error.message.partition(":\n\n")[0]
+    return text if _OWN_WORDS.fullmatch(text) else type(error.exc).__name__
+
+
+def untaken(transport: asyncio.WriteTransport) -> int:
+    """Return the bytes of answers that the node has not confirmed: those here, and those in the kernel.
+
+    What the kernel holds counts, because it takes a third of its buffer at a time from us: a slow node that
+    takes byte after byte would seem to take nothing for long.
+    """
+    held = transport.get_write_buffer_size()
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        with suppress(OSError, ValueError):  # it may be closed already
+            queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+            held += int.from_bytes(queued, sys.byteorder)
+    return held
+
+
 def _reset(transport: asyncio.Transport) -> None:
     connection = transport.get_extra_info("socket")
     if connection is not None:
@@ -239,13 +366,58 @@ def _reset(transport: asyncio.Transport) -> None:
 
 
 class NodeServer(web.Server):
-    """The low-level server of one listener."""
+    """The low-level server of one listener.
+
+    Attributes:
+        tls: what it has of TLS; None for a plain port.
+    """
 
     def __init__(self, front: Front, keepalive: float) -> None:
         """Serve `front`; close a node's connection after `keepalive` seconds without a request."""
         super().__init__(_unused)
         self.front = front
         self.keepalive = keepalive
+        self.tls: ListenerTls | None = None
+        self._open = 0
+
+    def enter(self, connection: NodeConnection) -> Refusal | None:
+        """Count a connection; return why its calls are refused if there are too many.
+
+        Far too many are reset at once: they would cost what the limit is there to save.
+        """
+        limits, peer = self.front.limits, connection.peer
+        self._open += 1
+        excess = None
+        if limits.connections and self._open > limits.connections:
+            detail = f"{self._open} connections, limits.connections is {limits.connections}"
+            excess = Refusal(Reason.OVERLOADED, detail, by="wire", sent=False)
+            if self._open > _FAR * limits.connections:
+                connection.reset()
+        peers = self.front.peers
+        if peers is not None and not self.front.trusts(peer):
+            excess = peers.enter(peer) or excess
+        return excess
+
+    def leave(self, connection: NodeConnection) -> None:
+        """Count one less."""
+        self._open -= 1
+        peers = self.front.peers
+        if peers is not None and not self.front.trusts(connection.peer):
+            peers.leave(connection.peer)
+
+    def check_certificates(self) -> None:
+        """Reset the connections whose client's certificate has ended or was revoked; for once a second."""
+        files = self.tls
+        if files is None or not files.asks:
+            return
+        now = time.time()
+        for connection in self.connections:
+            if not isinstance(connection, NodeConnection) or connection.shown is None:
+                continue
+            if not files.holds(connection.shown, now):
+                why = "it has expired, or was revoked"
+                log.info("client certificate refused", peer=connection.peer, problem=why)
+                connection.reset()
 
     def close_idle(self) -> None:
         """Close the connections on which no request is here."""

@@ -26,6 +26,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Kind, Method, peek
+from relay.limits import Limits, bodies
 from relay.wires.forwarded import Forwarding
 from relay.wires.http import Front, Route
 from relay.wires.http_request import CONTENT_TYPE, Receiver
@@ -223,7 +224,7 @@ async def relay(superlink: SuperLink) -> AsyncIterator[str]:
     routes = {
         spec.prefix + method.path: Route(spec, method, partial(superlink.handle, method)) for method in Method
     }
-    receiver = Receiver(Forwarding(()), max_body=1 << 20, idle_timeout=30.0)
+    receiver = Receiver(Forwarding(()), Limits(bodies(1 << 20)), idle_timeout=30.0)
     front = Front(routes, receiver, idle_timeout=30.0, on_stray=lambda _: None)
     server = NodeServer(front, keepalive=75.0)
     listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)

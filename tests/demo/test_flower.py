@@ -50,6 +50,15 @@ def test_supernode() -> None:
     ]
 
 
+def test_a_supernode_may_present_itself_in_its_address() -> None:
+    http = flower.supernode_argv(Wire.HTTP_V1, BIN, 8080, 9094, {}, userinfo="name:key")
+    assert "name:key@127.0.0.1:8080" in http
+    rest = flower.supernode_argv(
+        Wire.REST_V0, BIN, 8080, 9094, {}, userinfo="name:key", root_certificates=BIN / "ca.pem"
+    )
+    assert "https://name:key@127.0.0.1:8080" in rest
+
+
 def test_environment_is_offline_and_takes_nothing_of_the_users_flower(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def test_all_drills_or_some() -> None:
         (["--wire", "rest_v0"], 4),
         (["--wire", "http_v1", "--tls", "off", "--edge", "nginx"], 1),
         (["--edge", "direct", "--edge", "nginx"], 8),
+        (["--keys"], 8),
     ],
 )
 def test_configurations(arguments: list[str], count: int) -> None:
@@ -48,6 +49,7 @@ def test_without_nginx_its_columns_are_left_out(monkeypatch: pytest.MonkeyPatch,
             "wire": "http_v1",
             "tls": True,
             "edge": "nginx",
+            "keys": False,
             "why": "nginx is not installed",
         }
     ]

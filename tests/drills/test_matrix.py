@@ -17,6 +17,8 @@ def test_what_a_drill_needs() -> None:
     assert Needs().missing(PLAIN) is None
     assert Needs(tls=True).missing(PLAIN) == "it is about TLS handshakes"
     assert Needs(edge=Edge.NGINX).missing(PLAIN) == "it is about nginx"
+    assert Needs(plain=True).missing(PLAIN) is None
+    assert Needs(plain=True).missing(FULL) == "the proxy before the relay has to read what nodes are told"
     not_direct = Needs(not_direct=((Wire.HTTP_V1, "it is ended"),))
     assert not_direct.missing(PLAIN) == "it is ended"
     assert not_direct.missing(Configuration(Wire.HTTP_V1, tls=False, edge=Edge.NGINX)) is None

@@ -136,6 +136,20 @@ def test_long_answers_alone_are_cut(proxy: FaultProxy, seen: list[str]) -> None:
     assert proxy.hits == {Fault.CUT_LONG: 1}
 
 
+def test_the_first_answer_with_each_message_is_lost(proxy: FaultProxy, seen: list[str]) -> None:
+    proxy.set(Fault.CUT_MESSAGE)
+    pull = "/v1/fleet/pull-messages"
+    assert post(proxy, pull, b"") == (200, b"")
+    assert post(proxy, "/v1/fleet/push-messages") == (200, b"hello")
+    for body in (b"one", b"two"):
+        with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
+            post(proxy, pull, body)
+        assert post(proxy, pull, body) == (200, body)
+    assert post(proxy, "/big") == (200, BIG)
+    assert proxy.hits == {Fault.CUT_MESSAGE: 2}
+    assert seen.count(pull) == 5, "each of them was carried out"
+
+
 def test_a_closed_port_refuses_and_resets(proxy: FaultProxy) -> None:
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as idle:
         idle.sendall(b"POST / HT")

@@ -73,6 +73,7 @@ def test_json_has_it_all(tmp_path: Path) -> None:
         "wire": "rest_v0",
         "tls": True,
         "edge": "nginx",
+        "keys": False,
         "survived": False,
         "problems": ["supernode-1 ended with exit code 1"],
         "run": "complete",

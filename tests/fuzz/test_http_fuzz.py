@@ -16,18 +16,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay import app
 from relay.call import Wire
-from relay.fleet import Kind, Method
+from relay.fleet import Ids, Kind, Method
 from relay.settings import load
 from relay.stores.host import HostTable
 from relay.wires import http as wires_http
 from relay.wires import http_server
 from relay.wires.http_server import NodeServer
 from tests.sockets import CutError, Listener, Peer, chunked, connect, response
+from tests.test_fleet import build, request_of
 from tests.wires.conftest import CHUNKED, in_chunks, path_of, request
 
 if TYPE_CHECKING:
@@ -147,11 +150,12 @@ class Fuzzed(NamedTuple):
         async with asyncio.timeout(BOUND):
             while self.server.connections or self.server.front.busy:
                 await asyncio.sleep(0.01)
-            while self.relay.pool._open != len(self.relay.pool._idle):
+            (pool,) = (address.pool for address in self.relay.pool.addresses)
+            while pool._open != len(pool._idle):
                 await asyncio.sleep(0.01)
         assert self.quiet.errors == []
         assert self.broken == []
-        assert not self.relay.pool._queue
+        assert not pool._queue
 
 
 @pytest.fixture
@@ -177,8 +181,10 @@ async def fuzzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fuzz:
                     "heartbeat_timeout": IDLE,
                 },
                 "listeners": [{"address": "127.0.0.1:1", "keepalive": IDLE, "wires": [wire.value]}],
-                "limits": {"max_body": "1MiB"},
+                "limits": {"max_body": "1MiB", "head_timeout": 5 * IDLE, "rate_window": 5 * IDLE},
                 "retry": {"enabled": False},
+                # What the upstream answers is broken on purpose, and each call is to meet it.
+                "breaker": {"enabled": False},
                 "repair": {"lost_answers": False, "reactivate": False},
                 "log": {"level": "debug"},
             }
@@ -197,6 +203,15 @@ async def fuzzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fuzz:
     return fuzzed
 
 
+SOUND = Ids(node_id=2**63 + 1, run_id=7, object_id="5e" * 32)
+
+
+def body_of(method: Method, filling: int = 0) -> bytes:
+    """Return the body of a call as a SuperNode sends it."""
+    message: bytes = build(method, SOUND, filling=filling).SerializeToString()
+    return message
+
+
 async def answer_well(peer: Peer) -> None:
     """Play a SuperLink that answers everything."""
     while True:
@@ -208,7 +223,7 @@ async def good_call(fuzzed: Fuzzed, wire: Wire) -> None:
     """Check that an ordinary call goes through."""
     node = await connect(fuzzed.port)
     try:
-        node.send(request(b"\x08\x01", wire=wire, method=Method.PULL_OBJECT))
+        node.send(request(body_of(Method.PULL_OBJECT), wire=wire, method=Method.PULL_OBJECT))
         answer = await node.message()
         assert (answer.status, answer.body) == (200, GOOD)
     finally:
@@ -313,25 +328,32 @@ async def play(port: int, pieces: list[bytes], end: str) -> tuple[bytes, str]:
 
 def requests_of(wire: Wire) -> list[bytes]:
     """Return sound requests of every form."""
-    pull = request(GOOD, wire=wire, method=Method.PULL_MESSAGES)
+    push = body_of(Method.PUSH_OBJECT)
+    pull = request(body_of(Method.PULL_MESSAGES), wire=wire, method=Method.PULL_MESSAGES)
     return [
         pull,
         request(b"", wire=wire, method=Method.PULL_MESSAGES),
-        request(GOOD, wire=wire, method=Method.SEND_NODE_HEARTBEAT),
-        request(GOOD, wire=wire, method=Method.ACTIVATE_NODE),
-        request(GOOD, wire=wire, method=Method.REGISTER_NODE),
-        request(GOOD, wire=wire, method=Method.UNREGISTER_NODE),
-        request(GOOD * 20_000, wire=wire, method=Method.PUSH_OBJECT),
-        request(wire=wire, method=Method.PUSH_OBJECT, framing=CHUNKED) + in_chunks(GOOD, GOOD * 100),
-        request(wire=wire, method=Method.PUSH_MESSAGES, framing=CHUNKED) + in_chunks(GOOD),
-        request(GOOD, wire=wire, headers=[(b"Expect", b"100-continue")]),
-        request(GOOD, wire=wire, version=b"1.0"),
-        request(GOOD, wire=wire, version=b"1.0", headers=[(b"Connection", b"keep-alive")]),
-        request(GOOD, wire=wire, path=b"http://relay.example" + path_of(Method.GET_RUN, wire)),
-        request(GOOD, wire=wire, headers=[(b"Forwarded", b"for=1.2.3.4"), (b"X-Forwarded-For", b"::1, a")]),
-        request(GOOD, wire=wire, headers=[(b"Connection", b"x-a, close"), (b"X-A", b"1")]),
-        pull + request(GOOD, wire=wire, method=Method.GET_FAB) + pull,
-        request(wire=wire, method=Method.GET_RUN, framing=CHUNKED) + in_chunks(GOOD) + pull,
+        request(body_of(Method.SEND_NODE_HEARTBEAT), wire=wire, method=Method.SEND_NODE_HEARTBEAT),
+        request(body_of(Method.ACTIVATE_NODE), wire=wire, method=Method.ACTIVATE_NODE),
+        request(body_of(Method.REGISTER_NODE), wire=wire, method=Method.REGISTER_NODE),
+        request(body_of(Method.UNREGISTER_NODE), wire=wire, method=Method.UNREGISTER_NODE),
+        request(body_of(Method.PUSH_OBJECT, 120_000), wire=wire, method=Method.PUSH_OBJECT),
+        request(wire=wire, method=Method.PUSH_OBJECT, framing=CHUNKED)
+        + in_chunks(body_of(Method.PUSH_OBJECT)[:9], body_of(Method.PUSH_OBJECT)[9:]),
+        request(wire=wire, method=Method.PUSH_MESSAGES, framing=CHUNKED)
+        + in_chunks(body_of(Method.PUSH_MESSAGES)),
+        request(push, wire=wire, headers=[(b"Expect", b"100-continue")]),
+        request(push, wire=wire, version=b"1.0"),
+        request(push, wire=wire, version=b"1.0", headers=[(b"Connection", b"keep-alive")]),
+        request(
+            body_of(Method.GET_RUN), wire=wire, path=b"http://relay.example" + path_of(Method.GET_RUN, wire)
+        ),
+        request(push, wire=wire, headers=[(b"Forwarded", b"for=1.2.3.4"), (b"X-Forwarded-For", b"::1, a")]),
+        request(push, wire=wire, headers=[(b"Connection", b"x-a, close"), (b"X-A", b"1")]),
+        pull + request(body_of(Method.GET_FAB), wire=wire, method=Method.GET_FAB) + pull,
+        request(wire=wire, method=Method.GET_RUN, framing=CHUNKED)
+        + in_chunks(body_of(Method.GET_RUN))
+        + pull,
     ]
 
 
@@ -379,8 +401,10 @@ async def test_a_fleet_call_that_is_broken_behind_its_first_line_is_never_told_a
     fuzzed: Fuzz, wire: Wire, method: Method
 ) -> None:
     rng = random.Random(f"{wire.value} {method.rpc}")
-    base = request(GOOD, wire=wire, method=method, headers=[(b"flwr-signature", b"abc")])
-    in_pieces = request(wire=wire, method=method, framing=CHUNKED) + in_chunks(GOOD, GOOD)
+    base = request(body_of(method), wire=wire, method=method, headers=[(b"flwr-signature", b"abc")])
+    in_pieces = request(wire=wire, method=method, framing=CHUNKED) + in_chunks(
+        body_of(method)[:5], body_of(method)[5:]
+    )
     keep = base.index(b"\r\n") + 2
     async with fuzzed(wire) as relay:
         serving = asyncio.create_task(relay.upstream.play(answer_well))
@@ -408,8 +432,9 @@ async def test_a_fleet_call_that_is_broken_behind_its_first_line_is_never_told_a
 
 
 @pytest.mark.parametrize("wire", list(Wire))
-async def test_broken_protobuf_passes_as_it_is(fuzzed: Fuzz, wire: Wire) -> None:
-    """The relay looks at the first bytes of a call for its log; what they are is the SuperLink's to say."""
+async def test_broken_protobuf_stays_here_and_what_flower_writes_passes_as_it_is(
+    fuzzed: Fuzz, wire: Wire
+) -> None:
     rng = random.Random(wire.value)
     seen: list[bytes] = []
 
@@ -421,23 +446,92 @@ async def test_broken_protobuf_passes_as_it_is(fuzzed: Fuzz, wire: Wire) -> None
     plain = [method for method in Method if method.kind in (Kind.FETCH, Kind.CONFIRM, Kind.LEAVE)]
     async with fuzzed(wire) as relay:
         serving = asyncio.create_task(relay.upstream.play(note))
-        sent = []
+        sent: list[bytes] = []
+        answered: list[bytes] = []
+        must_pass: list[bytes] = []
 
         async def one() -> None:
+            method = rng.choice(plain)
             body = rng.choice(
-                (rng.randbytes(rng.randint(0, 400)), mutate(rng, GOOD * 3), b"\x0a\xff\xff\xff\xff\x7f")
+                (
+                    rng.randbytes(rng.randint(0, 400)),
+                    mutate(rng, body_of(method), most=1),
+                    mutate(rng, body_of(method), most=2),
+                    body_of(method),
+                    b"\x0a\xff\xff\xff\xff\x7f",
+                )
             )
             sent.append(body)
-            data = request(body, wire=wire, method=rng.choice(plain))
-            (got,) = read_strictly(*await play(relay.port, split(rng, data), "wait"))
-            assert (got.status, got.body) == (200, GOOD)
+            if flower_would_write(method, body):
+                must_pass.append(body)
+            data = request(body, wire=wire, method=method)
+            for got in read_strictly(*await play(relay.port, split(rng, data), "wait")):
+                if got.body == GOOD:
+                    answered.append(body)
+                else:
+                    assert got.status in HARMLESS
+                    assert got.body in (b"", b"malformed", b"too_large")
 
         for _ in range(4):
             async with asyncio.timeout(BOUND):
                 await asyncio.gather(*(one() for _ in range(40)))
         await relay.settled()
         serving.cancel()
-        assert Counter(seen) == Counter(sent)
+        assert Counter(seen) == Counter(answered)
+        assert not Counter(must_pass) - Counter(seen)
+        assert len(must_pass) > 20
+        assert len(sent) - len(seen) > 40
+
+
+def flower_would_write(method: Method, body: bytes) -> bool:
+    """Return whether these are the bytes of a sound request, as Flower's own serializer writes them."""
+    request: Any = GetMessageClass(request_of(method))()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return False
+    ids = request.node.node_id if method.ids.node_is_message else request.node_id
+    name = getattr(request, "object_id", "") or getattr(request, "message_object_id", "")
+    named = method.ids.object != 3 or re.fullmatch("[0-9a-f]{64}", name) is not None
+    run = not method.ids.run or request.run_id != 0
+    return bool(ids and named and run and request.SerializeToString() == body)
+
+
+@pytest.mark.parametrize("wire", list(Wire))
+async def test_calls_over_every_limit_break_nothing(fuzzed: Fuzz, wire: Wire) -> None:
+    rng = random.Random(f"limits {wire.value}")
+    statuses: Counter[int] = Counter()
+    async with fuzzed(wire) as relay:
+        serving = asyncio.create_task(relay.upstream.play(answer_well))
+
+        async def one() -> None:
+            method = rng.choice(list(Method))
+            near = rng.choice(
+                (0, 1, 4095, 4096, 4097, 16_385, 65_536, 65_537, 2**20, 2**20 + 1, 2**32, 2**62)
+            )
+            body = bytes(min(near, 2**20 + 1))
+            head_bytes = rng.choice((0, 1000, 8000, 16_300, 16_400, 33_000))
+            headers = [(b"X-%d" % at, b"y" * min(4000, head_bytes - at)) for at in range(0, head_bytes, 4000)]
+            headers += [(b"A", b"b")] * rng.choice((0, 0, 80, 98, 200))
+            declared = rng.random() < 0.6
+            head = request(
+                wire=wire,
+                method=method,
+                headers=headers,
+                framing=b"Content-Length: %d" % near if declared else CHUNKED,
+            )
+            pieces = [head, body] if declared else [head, in_chunks(body) if body else in_chunks()]
+            for got in read_strictly(*await play(relay.port, pieces, rng.choice(("wait", "close", "reset")))):
+                assert got.status in HARMLESS
+                statuses[got.status] += 1
+
+        for _ in range(3):
+            async with asyncio.timeout(2 * BOUND):
+                await asyncio.gather(*(one() for _ in range(40)))
+            await good_call(relay, wire)
+        await relay.settled()
+        serving.cancel()
+    assert statuses.total() > (20 if wire is Wire.HTTP_V1 else 5)  # the others were dropped
 
 
 # -- broken answers -------------------------------------------------------------------------------------
@@ -509,7 +603,7 @@ async def test_broken_answers_reach_no_node(fuzzed: Fuzz, wire: Wire, seed: int)
         async def one() -> None:
             method = rng.choice(list(Method))
             version = rng.choice((b"1.1", b"1.1", b"1.0"))
-            body = GOOD * rng.choice((1, 1, 20_000))
+            body = body_of(method, rng.choice((0, 0, 120_000)) if method.kind is Kind.PUSH else 0)
             data = request(body, wire=wire, method=method, version=version)
             got = read_strictly(*await play(relay.port, [data], "wait"))
             assert len(got) <= 1

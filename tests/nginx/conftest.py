@@ -51,6 +51,38 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(*make_pair(tmp_path_factory.mktemp("tls")))
 
 
+def launch(
+    nginx: str,
+    certificates: Certificates,
+    folder: Path,
+    relays: Iterable[int],
+    *,
+    server: str = "",
+    http: str = "",
+    workers: int = 2,
+    connections: int = 512,
+) -> Edge:
+    """Start nginx in an empty folder, and wait until it serves; the arguments are those of `start_edge`."""
+    config = shipped(folder, certificates)
+    ports = free_port(), free_port(), free_port()
+    _edit(config.parent / "site", relays, ports, server, http)
+    replace(
+        config.parent / "site" / "host.conf",
+        ("worker_processes auto;", f"worker_processes {workers};"),
+        ("worker_rlimit_nofile 65536;", f"worker_rlimit_nofile {connections};"),
+        ("worker_connections 65536;", f"worker_connections {connections};"),
+    )
+    log = folder / "log" / "start.log"
+    command = [nginx, "-p", str(folder), "-e", str(log), "-c", str(config), "-g", "daemon off;"]
+    edge = Edge(folder, certificates, subprocess.Popen(command), *ports)
+    try:
+        wait(lambda: _serves(edge, log), "answer of /livez")
+    except BaseException:
+        edge.stop()
+        raise
+    return edge
+
+
 @pytest.fixture
 async def start_edge(
     nginx: str, certificates: Certificates, tmp_path: Path
@@ -67,21 +99,18 @@ async def start_edge(
         ) -> Edge:
             folder = tmp_path / f"edge-{free_port()}"
             folder.mkdir()
-            config = shipped(folder, certificates)
-            ports = free_port(), free_port(), free_port()
-            _edit(config.parent / "site", relays, ports, server, http)
-            replace(
-                config.parent / "site" / "host.conf",
-                ("worker_processes auto;", f"worker_processes {workers};"),
-                ("worker_rlimit_nofile 65536;", f"worker_rlimit_nofile {connections};"),
-                ("worker_connections 65536;", f"worker_connections {connections};"),
+            edge = launch(
+                nginx,
+                certificates,
+                folder,
+                relays,
+                server=server,
+                http=http,
+                workers=workers,
+                connections=connections,
             )
-            log = folder / "log" / "start.log"
-            command = [nginx, "-p", str(folder), "-e", str(log), "-c", str(config), "-g", "daemon off;"]
-            edge = Edge(folder, certificates, subprocess.Popen(command), *ports)
             stack.callback(edge.stop)
             edges.append(edge)
-            wait(lambda: _serves(edge, log), "answer of /livez")
             return edge
 
         yield start

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import socket
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import uvloop
@@ -14,6 +14,7 @@ import uvloop
 from relay import dialect
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
+from relay.limits import Limits, bodies
 from relay.upstreams import http_v1 as upstream_http_v1
 from relay.upstreams import rest_v0 as upstream_rest_v0
 from relay.upstreams.http import Timeouts
@@ -157,6 +158,7 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
         idle_timeout: float = PATIENCE,
         keepalive: float = 75.0,
         trusted: tuple[str, ...] = (),
+        **limits: Any,
     ) -> Served:
         served = Served()
         handle = checked(served, handler)
@@ -166,7 +168,8 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
             for method in Method
         }
         forwarding = Forwarding([ipaddress.ip_network(network) for network in trusted])
-        receiver = Receiver(forwarding, max_body, idle_timeout)
+        limits.setdefault("bodies", bodies(max_body, {}))  # of any method
+        receiver = Receiver(forwarding, Limits(**limits), idle_timeout)
         served.front = Front(routes, receiver, idle_timeout=idle_timeout, on_stray=served.strays.append)
         served.server = NodeServer(served.front, keepalive)
         loop = asyncio.get_running_loop()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from relay.call import Payload, Reply, Source, Wire
-from relay.fleet import Kind, Method
+from relay.fleet import MAX_REQUEST, Kind, Method
+from relay.limits import bodies
 from relay.refusal import Reason, Refusal
 from relay.wires.http_request import WHOLE
 from tests.sockets import PATIENCE, until
@@ -152,6 +153,168 @@ async def test_a_body_may_be_as_long_as_the_limit_and_no_longer(
         assert served.outcomes() == ["too_large"]
     else:
         assert answer.body == body
+
+
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("framing", ["declared", "chunked"])
+@pytest.mark.parametrize("method", list(Method))
+async def test_a_call_that_carries_ids_alone_may_be_no_longer_than_they_need(
+    serve: Serve, method: Method, framing: str, over: int
+) -> None:
+    served = await serve(bodies=bodies())
+    most = MAX_REQUEST.get(method.kind)
+    body = b"x" * ((most or 200_000) + over)
+    node = await served.node()
+    framed = framing == "declared"
+    node.send(
+        request(body, method=method) if framed else request(method=method, framing=CHUNKED) + in_chunks(body)
+    )
+    await node.message()
+    assert served.outcomes() == ["too_large" if most and over else "ok"]
+
+
+async def test_a_heartbeat_of_4_gib_is_refused_before_it_comes(serve: Serve) -> None:
+    served = await serve(bodies=bodies())
+    node = await served.node()
+    node.send(request(framing=b"Content-Length: %d" % 2**32, method=Method.SEND_NODE_HEARTBEAT))
+    answer = await node.message()
+    assert (answer.status, answer.body) == (503, b"too_large")
+    assert answer.one(b"connection") == b"close"
+
+
+@pytest.mark.parametrize("framing", ["declared", "small", "chunked"])
+async def test_a_body_that_trickles_is_refused_although_it_never_pauses(serve: Serve, framing: str) -> None:
+    served = await serve(min_rate=1000, rate_window=0.3)
+    size = {"declared": 100_000, "small": 1000}.get(framing)
+    node = await served.node()
+    node.send(request(framing=CHUNKED if size is None else b"Content-Length: %d" % size))
+    started = time.monotonic()
+    while not served.ended and not node.writer.is_closing() and time.monotonic() - started < PATIENCE:
+        node.send(b"x" if size else in_chunks(b"x", last=b""))
+        await asyncio.sleep(0.02)
+    assert 0.25 < time.monotonic() - started < 2
+    await until(lambda: served.ended)
+    assert served.outcomes() == ["malformed"]
+    assert served.ended[0].ending.refusal is not None
+    assert "limits.min_rate" in served.ended[0].ending.refusal.detail
+
+
+async def test_a_body_may_stall_if_it_makes_up_for_it(serve: Serve) -> None:
+    served = await serve(min_rate=10_000, rate_window=0.4)
+    node = await served.node()
+    node.send(request(framing=b"Content-Length: 100000"))
+    for _ in range(5):
+        await asyncio.sleep(0.25)  # alone, each would be far too slow
+        node.send(b"x" * 20_000)
+    assert len((await node.message()).body) == 100_000
+
+
+async def test_a_body_that_nobody_reads_is_not_slow(serve: Serve) -> None:
+    """A slow SuperLink must not be taken for a slow node."""
+
+    async def handler(call: Call) -> Reply:
+        total = 0
+        async for piece in call.payload.stream():
+            total += len(piece)
+            await asyncio.sleep(0.1)
+        return Reply(Payload(b"%d" % total), Source.LOCAL)
+
+    served = await serve(handler, min_rate=10_000_000, rate_window=0.05)
+    node = await served.node()
+    node.send(request(framing=b"Content-Length: 1000000") + b"x" * 1_000_000)
+    assert (await node.message()).body == b"1000000"
+
+
+async def test_no_rate_is_asked_for_if_so_wished(serve: Serve) -> None:
+    served = await serve(min_rate=0, rate_window=0.01)
+    node = await served.node()
+    node.send(request(framing=b"Content-Length: 10"))
+    for _ in range(10):
+        await asyncio.sleep(0.02)
+        node.send(b"x")
+    assert (await node.message()).body == b"x" * 10
+
+
+@pytest.mark.parametrize(
+    ("host", "sound"),
+    [
+        (b"relay.example", True),
+        (b"relay.example:8080", True),
+        (b"[2001:db8::1]:8080", True),
+        (b"10.0.0.1", True),
+        (b"xn--bcher-kva_1.example", True),
+        (b"", True),
+        (b"a b", False),
+        (b"a, b", False),
+        (b"a/b", False),
+        (b"user:key@host", False),
+        (b"a:b", False),
+        (b"a:123456", False),
+        (b"[::1", False),
+        (b"a\xff", False),
+        (b"a?b", False),
+        (b"a" * 256, False),
+    ],
+)
+async def test_a_host_must_be_one(serve: Serve, host: bytes, sound: bool) -> None:
+    call = await call_of(serve, request(b"abc").replace(b"Host: relay.example", b"Host: " + host))
+    assert (call.fault is None) == sound
+    assert call.fault is None or call.fault.reason is Reason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("version", "chunked", "sound"),
+    [
+        (b"1.1", False, True),
+        (b"1.1", True, True),
+        (b"1.0", False, True),
+        (b"1.0", True, False),
+        (b"0.9", False, False),
+        (b"2.0", False, False),
+        (b"2.0", True, False),
+    ],
+)
+async def test_a_version_must_be_known_and_have_the_framing(
+    serve: Serve, version: bytes, chunked: bool, sound: bool
+) -> None:
+    served = await serve()
+    node = await served.node()
+    keep = [(b"Connection", b"keep-alive")]
+    framing = CHUNKED if chunked else b"Content-Length: 3"
+    body = in_chunks(b"abc") if chunked else b"abc"
+    node.send(request(framing=framing, version=version, headers=keep) + body)
+    answer = await node.message()
+    assert served.outcomes() == ["ok" if sound else "malformed"]
+    if not sound:  # who has sent it may see another end of it
+        assert answer.one(b"connection") == b"close"
+        assert await node.rest() == (b"", "closed")
+
+
+async def test_nothing_is_read_behind_a_broken_call(serve: Serve) -> None:
+    served = await serve()
+    node = await served.node()
+    node.send(request(b"abc", content_type=b"text/html"))
+    assert (await node.message()).one(b"connection") == b"close"
+    node.send(request(b"smuggled"))
+    assert (await node.rest())[0] == b""
+    assert len(served.calls) == 1
+
+
+async def test_no_long_value_of_a_header_goes_to_the_log(serve: Serve) -> None:
+    call = await call_of(serve, request(b"abc", content_type=b"x" * 5000))
+    assert call.fault is not None
+    assert len(call.fault.detail) < 100
+
+
+async def test_what_breaks_a_body_is_not_told_with_the_bytes_of_it(serve: Serve) -> None:
+    served = await serve()
+    node = await served.node()
+    node.send(request(framing=CHUNKED) + in_chunks(b"abc", last=b""))
+    await until(lambda: served.calls)
+    node.send(b"SECRET\r\n")
+    await until(lambda: served.ended)
+    assert served.outcomes() == ["malformed"]
+    assert "SECRET" not in str(served.ended[0].ending.refusal)
 
 
 async def test_a_body_that_is_declared_too_long_is_refused_before_it_comes(serve: Serve) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
+from structlog.testing import capture_logs
 
 from relay import dialect
 from relay.call import Payload, Reply, Source, Wire
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from relay.call import Call
+    from tests.sockets import Peer
     from tests.wires.conftest import Relayed, Served
 
     Serve = Callable[..., Awaitable[Served]]
@@ -34,6 +38,11 @@ pytestmark = pytest.mark.timeout(30)
 
 def source(pieces: Sequence[bytes | BaseException], *, size: int | None = None) -> Payload:
     return Payload(body=Listed(pieces), size=size)
+
+
+def gone(node: Peer) -> bool:
+    """Return whether nothing can be sent to the other end any more."""
+    return node.reader.at_eof() or node.writer.is_closing()
 
 
 class Listed:
@@ -248,12 +257,235 @@ async def test_a_head_that_trickles_does_not_hold_its_connection_for_ever(serve:
     node = await served.node()
     data = request(b"abc", headers=[(b"X-Long", b"y" * 1000)])
     sent = 0
-    while sent < len(data) and not node.reader.at_eof():
+    while sent < len(data) and not gone(node):
         node.send(data[sent : sent + 1])
         sent += 1
         await asyncio.sleep(0.01)
     assert sent < len(data)
     assert served.calls == []
+
+
+async def test_a_head_must_be_complete_in_its_time(serve: Serve) -> None:
+    served = await serve(head_timeout=0.2)
+    node = await served.node()
+    data = request(b"abc", headers=[(b"X-Long", b"y" * 1000)])
+    started = asyncio.get_running_loop().time()
+    sent = 0
+    while sent < len(data) and not gone(node):
+        node.send(data[sent : sent + 1])
+        sent += 1
+        await asyncio.sleep(0.01)
+    assert 0.15 < asyncio.get_running_loop().time() - started < 2
+    assert sent < len(data)
+    assert served.calls == []
+    assert served.strays == ["dropped"]
+    assert await node.rest() == (b"", "closed")
+    assert await served.works()
+
+
+async def test_the_time_of_a_head_begins_with_its_first_byte_and_ends_with_its_last(serve: Serve) -> None:
+    """Neither a silent connection nor a call that takes long, nor its body, is a late head."""
+    served = await serve(head_timeout=0.15)
+    node = await served.node()
+    for _ in range(2):
+        await asyncio.sleep(0.2)
+        data = request(b"abc")
+        await node.send_all(data[:40])
+        await asyncio.sleep(0.05)
+        await node.send_all(data[40:-2])
+        await asyncio.sleep(0.2)
+        await node.send_all(data[-2:])
+        assert (await node.message()).body == b"abc"
+    assert served.strays == []
+
+
+async def test_a_head_that_begins_behind_a_call_has_its_time_as_well(serve: Serve) -> None:
+    served = await serve(head_timeout=0.2)
+    node = await served.node()
+    await node.send_all(OK)
+    assert (await node.message()).body == b"abc"
+    await node.send_all(OK[:20])
+    assert await node.rest() == (b"", "closed")
+    assert served.strays == ["dropped"]
+
+
+@pytest.mark.parametrize("piece", [100, 4096])
+async def test_a_head_without_end_is_given_up_at_its_size(serve: Serve, piece: int) -> None:
+    served = await serve(head_size=8192)
+    node = await served.node()
+    sent = 0
+    node.send(b"POST /v1/fleet/push-object HTTP/1.1\r\n")
+    while sent < 1_000_000 and not gone(node):
+        line = b"X%d: " % sent
+        node.send(line + b"y" * (piece - len(line) - 2) + b"\r\n")
+        sent += piece
+        await asyncio.sleep(0.001)
+    assert sent < 100_000
+    assert (await node.rest())[0] == b""
+    assert served.strays == ["dropped"]
+    assert served.calls == []
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["at once", "in pieces"])
+async def test_a_call_whose_head_is_too_long_is_refused_as_the_dialect_says(
+    serve: Serve, split: bool
+) -> None:
+    served = await serve(head_size=4096)
+    headers = [(b"X%d" % number, b"y" * 900) for number in range(5)]
+    for method in (Method.PULL_MESSAGES, Method.PUSH_OBJECT, Method.SEND_NODE_HEARTBEAT):
+        node = await served.node()
+        data = request(b"abc", method=method, headers=headers)
+        if split:  # its end comes with the piece that makes it too long
+            await node.send_all(data[:4000])
+            await asyncio.sleep(0.01)
+            await node.send_all(data[4000:])
+        else:
+            node.send(data)
+        await check_rendering(node, dialect.answer(Wire.HTTP_V1, Reason.TOO_LARGE, method), keeps=False)
+    assert served.outcomes() == ["too_large"] * 3
+
+
+async def test_a_long_body_is_no_long_head(serve: Serve) -> None:
+    served = await serve(head_size=1024)
+    node = await served.node()
+    for _ in range(3):
+        node.send(request(b"x" * 50_000, headers=[(b"X", b"y" * 600)]))
+        assert (await node.message()).body == b"x" * 50_000
+
+
+@pytest.mark.parametrize("over", [0, 1])
+async def test_headers_are_limited_in_number_and_size(serve: Serve, over: int) -> None:
+    served = await serve(header_count=20, header_size=2000)
+    own = 3  # what `request` writes
+    many = request(b"abc", headers=[(b"X%d" % number, b"y") for number in range(20 - own + over)])
+    long = request(b"abc", headers=[(b"X", b"y" * (1999 + 2 * over))])  # the name may count or not
+    for data in (many, long):
+        node = await served.node()
+        node.send(data)
+        if over:
+            assert (await node.rest())[0] == b""
+        else:
+            assert (await node.message()).body == b"abc"
+    assert served.strays == ["dropped"] * (2 * over)
+
+
+# -- how many ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.PUSH_OBJECT, Method.SEND_NODE_HEARTBEAT])
+@pytest.mark.parametrize("wire", list(Wire))
+@pytest.mark.parametrize("limit", ["connections", "connections_per_peer"])
+async def test_calls_on_one_connection_too_many_are_told_to_come_back(
+    serve: Serve, wire: Wire, method: Method, limit: str
+) -> None:
+    served = await serve(**{limit: 2})
+    first, second = await served.node(), await served.node()
+    for node in (first, second):
+        node.send(request(b"abc", wire=wire))
+        assert (await node.message()).body == b"abc"
+    third = await served.node()
+    third.send(request(b"abc", wire=wire, method=method))
+    await check_rendering(third, dialect.answer(wire, Reason.OVERLOADED, method), keeps=False)
+    first.send(request(b"still served", wire=wire))
+    assert (await first.message()).body == b"still served"
+    second.reset()
+    await until(lambda: len(served.server.connections) == 1)
+    fourth = await served.node()
+    fourth.send(request(b"served again", wire=wire))
+    assert (await fourth.message()).body == b"served again"
+    assert served.outcomes() == ["ok", "ok", "overloaded", "ok", "ok"]
+
+
+async def test_far_too_many_connections_are_reset_at_once(serve: Serve) -> None:
+    served = await serve(connections=3)
+    nodes = [await served.node() for _ in range(10)]
+    await until(lambda: len(served.server.connections) == 6)
+    assert [await node.rest() for node in nodes[6:]] == [(b"", "reset")] * 4
+    nodes[0].send(request(b"abc"))
+    assert (await nodes[0].message()).body == b"abc"
+
+
+async def test_a_connection_too_many_that_says_nothing_is_soon_closed(serve: Serve) -> None:
+    served = await serve(connections=1, head_timeout=0.1)
+    first, second = await served.node(), await served.node()
+    assert await second.rest() == (b"", "closed")
+    first.send(request(b"abc"))
+    assert (await first.message()).body == b"abc"
+
+
+async def test_behind_a_trusted_proxy_the_calls_in_flight_of_each_node_count(serve: Serve) -> None:
+    go = asyncio.Event()
+
+    async def handler(call: Call) -> Reply:
+        await go.wait()
+        return await echo(call)
+
+    served = await serve(handler, connections_per_peer=2, trusted=("127.0.0.0/8",))
+    nodes = [await served.node() for _ in range(4)]
+
+    def ask(node: Peer, address: bytes) -> None:
+        node.send(request(b"abc", headers=[(b"X-Forwarded-For", address)]))
+
+    ask(nodes[0], b"192.0.2.1")
+    ask(nodes[1], b"192.0.2.1")
+    await until(lambda: len(served.calls) == 2)
+    ask(nodes[2], b"192.0.2.1")
+    assert (await nodes[2].message()).body == b"overloaded"
+    ask(nodes[3], b"192.0.2.2")
+    await until(lambda: len(served.calls) == 4)
+    go.set()
+    for node in (nodes[0], nodes[1], nodes[3]):
+        assert (await node.message()).body == b"abc"
+    ask(nodes[0], b"192.0.2.1")
+    assert (await nodes[0].message()).body == b"abc"
+    assert served.front.peers is not None
+    assert not served.front.peers._held
+
+
+# -- how slow ------------------------------------------------------------------------------------------
+
+
+async def test_a_node_that_takes_next_to_nothing_of_its_answer_is_given_up(serve: Serve) -> None:
+    """Each read of it is progress; that it never ends is what counts."""
+
+    async def handler(call: Call) -> Reply:
+        return Reply(source([b"x" * 65_536] * 64, size=64 * 65_536), Source.UPSTREAM)
+
+    served = await serve(handler, idle_timeout=0.1, min_rate=200_000, rate_window=0.5)
+    node = await served.node(receive_buffer=4096, segment=500)
+    node.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    sock = socket.socket(fileno=os.dup(node.writer.get_extra_info("socket").fileno()))
+    sock.setblocking(False)
+    node.send(request())
+    await until(lambda: served.calls)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    while not served.ended and loop.time() - started < PATIENCE:
+        await asyncio.sleep(0.05)
+        with suppress(BlockingIOError, ConnectionError):
+            sock.recv(1500)
+    sock.close()
+    assert served.outcomes() == ["node_gone"]
+    assert loop.time() - started > 0.4
+    await until(lambda: not served.server.connections)
+
+
+async def test_a_node_that_takes_its_answer_slowly_but_steadily_gets_it(serve: Serve) -> None:
+    size = 300_000
+
+    async def handler(call: Call) -> Reply:
+        return Reply(source([b"x" * 30_000] * 10, size=size), Source.UPSTREAM)
+
+    served = await serve(handler, idle_timeout=0.1, min_rate=50_000, rate_window=0.3)
+    node = await served.node(receive_buffer=4096, segment=500)
+    node.send(request())
+    head = await node.head()
+    assert head.status == 200
+    left = size
+    while left:
+        await asyncio.sleep(0.01)
+        left -= len(await node.exactly(min(left, 3000)))
+    await until(lambda: served.outcomes() == ["ok"])
 
 
 # -- what is not HTTP, or no call -----------------------------------------------------------------------
@@ -263,6 +495,9 @@ BROKEN = {
     "text": b"hello\r\n\r\n",
     "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
     "http2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "secret in a header": OK.replace(b"\r\n\r\n", b"\r\nAuthorization: SECRET\x00\r\n\r\n"),
+    "secret in a long header": request(b"", headers=[(b"X-API-Key", b"SECRET" * 9000)]),
+    "secret behind a call that closes": request(b"SECRET", headers=[(b"Connection", b"close")]) + b"SECRET",
     "version 3": OK.replace(b"HTTP/1.1", b"HTTP/3.0"),
     "lower case": OK.replace(b"POST", b"post"),
     "unknown method": OK.replace(b"POST", b"FETCH"),
@@ -312,9 +547,13 @@ async def test_what_is_no_sound_http_is_closed_without_an_answer_and_counted_onc
     caplog.set_level(logging.WARNING)
     served = await serve()
     node = await served.node()
-    node.send(BROKEN[name])
-    data, _ = await node.rest()
+    with capture_logs() as logs:
+        node.send(BROKEN[name])
+        data, _ = await node.rest()
     assert data == b""
+    (line,) = [entry for entry in logs if entry["event"] == "not HTTP, or broken"]
+    assert "SECRET" not in str(line)
+    assert len(line["error"]) < 100
     await until(lambda: not served.server.connections)
     assert served.strays == ["dropped"]
     assert served.ended == []
