@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=Message)
 
-#: Header or metadata pairs as they came: order, case and repetition kept, hop-by-hop ones removed.
+#: Header pairs as they came: order, case and repetition kept, hop-by-hop ones removed. gRPC metadata stands
+#: here as the headers that mean the same (`relay.bridge`), so that policies know one form.
 Metadata = list[tuple[bytes, bytes]]
 
 
@@ -28,8 +29,15 @@ class Wire(enum.Enum):
 
     HTTP_V1 = "http_v1"
     REST_V0 = "rest_v0"
+    GRPC = "grpc"
+    GRPC_ADAPTER = "grpc_adapter"
 
     __hash__ = object.__hash__
+
+    @property
+    def grpc(self) -> bool:
+        """Whether it is carried by gRPC, and not by HTTP/1.1."""
+        return self in (Wire.GRPC, Wire.GRPC_ADAPTER)
 
 
 class Source(enum.Enum):

@@ -28,9 +28,18 @@ PASSES = {
 #: the call, and 412 for `repair`; a node that is not let in for good exits, as it would without a relay.
 LEGACY = Nodes({401: PASSES[401], 412: PASSES[412]}, rest_v0.WHOLE)
 
-_NODES = dict.fromkeys(Wire, Nodes(PASSES)) | {Wire.REST_V0: LEGACY}
+#: A node behind the adapter takes no status for what it means, and dies of any on a pull or a heartbeat.
+ADAPTER = Nodes(
+    {
+        401: PASSES[401] - {Kind.HEARTBEAT, Kind.CONFIRM},
+        403: PASSES[403] - {Kind.PULL},
+        412: PASSES[412],
+    }
+)
+
+NODES = dict.fromkeys(Wire, Nodes(PASSES)) | {Wire.REST_V0: LEGACY, Wire.GRPC_ADAPTER: ADAPTER}
 
 
 def upstream(pool: Pool, timeouts: Timeouts, *, judging: bool = True) -> HttpUpstream:
     """Return the handler for this SuperLink; it passes any answer on unless it is `judging`."""
-    return HttpUpstream(pool, PREFIX, timeouts, _NODES, judging=judging)
+    return HttpUpstream(pool, PREFIX, timeouts, NODES, judging=judging)
