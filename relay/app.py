@@ -17,10 +17,12 @@ from relay.policies import (
     Metrics,
     Repair,
     Retry,
+    Signing,
     Validate,
     metrics,
 )
 from relay.stores.host import HostTable
+from relay.stores.node_signers import NodeSigners
 from relay.tls import client_context
 from relay.upstreams import http_v1 as upstream_http_v1
 from relay.upstreams import rest_v0 as upstream_rest_v0
@@ -105,9 +107,19 @@ def policies(settings: Settings, table: HostTable, counting: Metrics) -> tuple[P
             cap=retry.cap,
             budget=Budget(retry.budget, retry.floor),
         ),
+        Signing: _signing(settings),
     }
     order = OBSERVERS if settings.mode == "pass_through" else ORDER
     return tuple(made[policy] for policy in order)
+
+
+def _signing(settings: Settings) -> Signing:
+    section = settings.signing
+    if section is None:
+        return Signing(None)
+    return Signing(
+        NodeSigners(section.directory, section.forget_after), unauthenticated=section.unauthenticated
+    )
 
 
 def chains(settings: Settings) -> Iterator[tuple[Listener, Wire, Method, Chain]]:

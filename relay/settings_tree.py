@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from relay.call import Wire
-from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile
+from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile, SigningDirectory
 from relay.settings_types import (
     Address,
     BaseUrl,
@@ -37,10 +37,21 @@ from relay.settings_types import (
 )
 
 CARRIES: Final[Mapping[Wire, tuple[Wire, ...]]] = {
-    Wire.HTTP_V1: (Wire.HTTP_V1,),
+    Wire.HTTP_V1: (Wire.HTTP_V1, Wire.REST_V0),
     Wire.REST_V0: (Wire.REST_V0,),
 }
 """For each wire that a SuperLink speaks, the wires of nodes whose calls can be carried to it."""
+
+
+def signed_for(wire: Wire, upstream: Wire) -> bool:
+    """Whether nodes of `wire` need the relay's signature before a SuperLink that speaks `upstream`."""
+    return wire is Wire.REST_V0 and upstream is not Wire.REST_V0
+
+
+def carried(upstream: Wire, *, signing: bool) -> tuple[Wire, ...]:
+    """Return the wires of nodes whose calls can be carried to `upstream`; `signing`: the section is there."""
+    return tuple(wire for wire in CARRIES[upstream] if signing or not signed_for(wire, upstream))
+
 
 _T = TypeVar("_T")
 
@@ -107,7 +118,8 @@ class Listener(_Section):
         Doc("list of `http_v1`, `rest_v0`", default="every wire that `upstream.wire` carries"),
     ] = ()
     """Wires (generations of Flower's Fleet API) served on this port: `http_v1` is spoken by nodes of flwr
-    1.40 and newer, `rest_v0` by nodes of flwr 1.23 to 1.32 started with `--rest`."""
+    1.40 and newer, `rest_v0` by nodes of flwr 1.23 to 1.32 started with `--rest`. Before a SuperLink that
+    speaks another wire, `rest_v0` needs the section `signing`."""
 
     trusted_proxies: Annotated[tuple[Network, ...], Doc("list of networks")] = ()
     """Networks of the proxies in front of the relay. `Forwarded` and `X-Forwarded-*` are believed from these
@@ -158,6 +170,25 @@ class Upstream(_Section):
     queue_timeout: Seconds = 2.0
     """How long a call waits for a free connection to the SuperLink before the node is told to come back
     later."""
+
+
+class Signing(_Section):
+    """Signatures for nodes that cannot sign: those of `rest_v0` before a SuperLink of another wire, which
+    demands them. Without this section, such nodes are not served. The relay holds a key pair for each node,
+    and signs for it only when the caller is the one who registered it."""
+
+    directory: SigningDirectory
+    """Directory of the secret that all key pairs are derived from, and of a small file per node; it is made
+    at the first start, for the user of the relay alone. Keep it: without it the nodes have to be restarted.
+    To part with a node, remove its file in `nodes`; the node exits within a minute. Several relays share the
+    directory, or have the same `secret` in it while each node stays with one relay."""
+
+    unauthenticated: Flag = False
+    """Also sign for callers who are not asked who they are. Whoever knows a node id can then act as that
+    node: for closed networks and tests."""
+
+    forget_after: Seconds = 30 * 24 * 3600.0
+    """Time after which a node that was not heard of is forgotten. To come back, it has to be restarted."""
 
 
 class Limits(_Section):
@@ -258,7 +289,8 @@ class Settings(_Section):
     can be written to."""
 
     upstream: Upstream = Upstream()
-    # After `upstream`: what a listener serves by default depends on it.
+    signing: Signing | None = None
+    # After `upstream` and `signing`: what a listener serves by default depends on them.
     listeners: Annotated[tuple[Listener, ...], AfterValidator(_some), Field(validate_default=True)] = (
         Listener(),
     )
@@ -277,7 +309,7 @@ class Settings(_Section):
         upstream: Upstream | None = info.data.get("upstream")  # None: refused, and that is reported already
         if upstream is None:
             return listeners
-        carried = {"wires": CARRIES[upstream.wire]}
+        default = {"wires": carried(upstream.wire, signing=info.data.get("signing") is not None)}
         return tuple(
-            listener if listener.wires else listener.model_copy(update=carried) for listener in listeners
+            listener if listener.wires else listener.model_copy(update=default) for listener in listeners
         )

@@ -10,15 +10,22 @@ from pydantic import BaseModel, ValidationError
 from relay.call import Wire
 from relay.settings import load
 from relay.settings_source import _holds, annotation_at, keys
-from relay.settings_tree import CARRIES, Listener, Retry, Settings, Tls, Upstream
+from relay.settings_tree import CARRIES, Listener, Retry, Settings, Signing, Tls, Upstream, carried
 from tests.certificates import make_pair
 
 
 def test_a_listener_serves_all_that_the_upstream_carries_unless_told() -> None:
     assert set(CARRIES) == set(Wire)
-    for wire, carried in CARRIES.items():
-        assert load(None, {"RELAY_UPSTREAM__WIRE": wire.value}).listeners[0].wires == carried
-        assert Settings(upstream=Upstream(wire=wire)).listeners[0].wires == carried
+    for wire in CARRIES:
+        served = carried(wire, signing=False)
+        assert load(None, {"RELAY_UPSTREAM__WIRE": wire.value}).listeners[0].wires == served
+        assert Settings(upstream=Upstream(wire=wire)).listeners[0].wires == served
+
+
+def test_a_listener_serves_nodes_that_cannot_sign_if_the_relay_signs(tmp_path: Path) -> None:
+    signing = Signing(directory=tmp_path / "signing")
+    assert Wire.REST_V0 not in Settings().listeners[0].wires
+    assert Settings(signing=signing).listeners[0].wires == CARRIES[Wire.HTTP_V1]
 
 
 def test_the_tree_is_frozen(tmp_path: Path) -> None:
@@ -58,11 +65,13 @@ def test_the_example_holds_every_key_with_its_default(tmp_path: Path) -> None:
     certificate, key = make_pair(tmp_path)
     path = tmp_path / "relay.yaml"
     edited = text.replace("/etc/flwr-relay/superlink-ca.pem", "null")
+    edited = edited.replace("/var/lib/flwr-relay", str(tmp_path))
     path.write_text(re.sub(r"/\S+/(relay(?:-key)?\.(?:pem|pid))", rf"{tmp_path}/\1", edited))
     assert load(path, {}) == Settings(
         workers=4,
         pid_file=tmp_path / "relay.pid",
-        listeners=(Listener(tls=Tls(certificate=certificate, key=key)),),
+        listeners=(Listener(wires=(Wire.HTTP_V1,), tls=Tls(certificate=certificate, key=key)),),
+        signing=Signing(directory=tmp_path / "signing"),
     )
     tree = yaml.safe_load(text)
     assert {key for key in keys(Settings) if _holds(tree, key)} == set(keys(Settings))

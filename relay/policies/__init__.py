@@ -7,7 +7,9 @@ ORDER is the order in which a call meets them:
     maintenance  nothing but the two above happens to a call while the SuperLink is worked on
     validate     before anything acts on a call that the wire found to be broken
     repair       outside of retry: it judges what came out of all attempts
-    retry        innermost: an attempt is one exchange with the upstream
+    retry        an attempt is one exchange with the upstream
+    signing      innermost: each attempt gets a signature that is good at that time. It stays in `mode:
+                 pass_through`, where the nodes that need it would get nothing but 401
 """
 
 from relay.policies.access_log import AccessLog
@@ -15,6 +17,7 @@ from relay.policies.maintenance import Maintenance
 from relay.policies.metrics import Metrics
 from relay.policies.repair import Repair
 from relay.policies.retry import Budget, Retry
+from relay.policies.signing import Signing
 from relay.policies.validate import Validate
 
 __all__ = [
@@ -26,10 +29,11 @@ __all__ = [
     "Metrics",
     "Repair",
     "Retry",
+    "Signing",
     "Validate",
 ]
 
-ORDER = (Metrics, AccessLog, Maintenance, Validate, Repair, Retry)
+ORDER = (Metrics, AccessLog, Maintenance, Validate, Repair, Retry, Signing)
 
 #: What stays in `mode: pass_through`.
-OBSERVERS = (Metrics, AccessLog)
+OBSERVERS = (Metrics, AccessLog, Signing)

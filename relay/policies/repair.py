@@ -250,7 +250,7 @@ def _is_ambiguous(refusal: Refusal) -> bool:
 
 def _beside(call: Call, method: Method, request: bytes) -> Call:
     """Make another call of the same node, with the same proof."""
-    return Call(
+    other = Call(
         method,
         call.wire,
         call.metadata,
@@ -259,7 +259,10 @@ def _beside(call: Call, method: Method, request: bytes) -> Call:
         request_id=call.request_id,
         started=call.started,
         deadline=call.deadline,
+        certificate=call.certificate,
     )
+    other.identity = call.identity
+    return other
 
 
 def _bytes_field(data: bytes, number: int) -> bytes:
