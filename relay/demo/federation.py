@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import yaml
 
@@ -59,6 +59,13 @@ class RunResult:
     seconds: float
     rounds: tuple[Round, ...]
     arrays: bytes | None
+
+
+class Generation(NamedTuple):
+    """A release of Flower, by the directory of its commands, and the wire that its SuperNode is to speak."""
+
+    flwr_bin: Path
+    wire: Wire
 
 
 class Run:
@@ -130,7 +137,7 @@ class Federation:
         flwr_bin: Path,
         *,
         wire: Wire = Wire.HTTP_V1,
-        nodes: int = 2,
+        nodes: int | Sequence[Generation] = 2,
         relayed: bool = True,
         workers: int = 2,
         relay_config: Mapping[str, Any] | None = None,
@@ -146,7 +153,7 @@ class Federation:
         Args:
             flwr_bin: the directory of Flower's commands (`flower-superlink`, `flwr`, ...).
             wire: what SuperLink and SuperNodes speak; their release must know it.
-            nodes: number of SuperNodes.
+            nodes: number of SuperNodes; or a generation for each of them, if it is not the SuperLink's.
             relayed: the SuperNodes connect to the relay; otherwise to the SuperLink itself.
             workers: processes of the relay.
             relay_config: settings of the relay that go over the federation's own, section by section.
@@ -162,7 +169,9 @@ class Federation:
         self.directory = Path(tempfile.mkdtemp(prefix="flwr-relay-"))
         self._flwr_bin = flwr_bin
         self._keep = keep
-        self._nodes = nodes
+        generations = [Generation(flwr_bin, wire)] * nodes if isinstance(nodes, int) else nodes
+        self._nodes = len(generations)
+        self._node_wires = list(dict.fromkeys(node.wire.value for node in generations))
         self._id = secrets.token_hex(8)
         self._sweeper: subprocess.Popen[bytes] | None = None
         self._resources = ExitStack()
@@ -181,7 +190,10 @@ class Federation:
         self.relay_port, self.admin_port = (self._port(), self._port()) if relayed else (fleet, 0)
         self.relay = self._relay(workers, relay_config or {}, listener_config or {}) if relayed else None
         entry = self.relay_port if entry_port is None else entry_port
-        self.supernodes = [self._supernode(number, entry, root_certificates) for number in range(nodes)]
+        self.supernodes = [
+            self._supernode(number, generation, entry, root_certificates)
+            for number, generation in enumerate(generations)
+        ]
 
     def __enter__(self) -> Self:
         self._sweeper = subprocess.Popen(  # noqa: S603 - our own argv, no shell
@@ -284,14 +296,18 @@ class Federation:
         return port
 
     def _process(
-        self, name: str, argv: flower.Words, ready: Callable[[Process], bool] | None = None
+        self,
+        name: str,
+        argv: flower.Words,
+        ready: Callable[[Process], bool] | None = None,
+        flwr_bin: Path | None = None,
     ) -> Process:
         home = self.directory / "homes" / name
         home.mkdir(parents=True)
         return Process(
             name,
             argv,
-            environment=flower.environment(self._flwr_bin, home),
+            environment=flower.environment(flwr_bin or self._flwr_bin, home),
             directory=self.directory,
             log=self.directory / f"{name}.log",
             mark=self._mark(name),
@@ -308,20 +324,22 @@ class Federation:
         argv = flower.superexec_argv(self.wire, self._flwr_bin, self.ports)
         return self._process("superexec", argv)
 
-    def _supernode(self, number: int, entry_port: int, root_certificates: Path | None) -> Process:
+    def _supernode(
+        self, number: int, generation: Generation, entry_port: int, root_certificates: Path | None
+    ) -> Process:
         node_config = {"partition-id": number, "num-partitions": self._nodes}
         argv = flower.supernode_argv(
-            self.wire,
-            self._flwr_bin,
+            generation.wire,
+            generation.flwr_bin,
             entry_port,
             self._port(),
             node_config,
             root_certificates=root_certificates,
         )
-        return self._process(f"supernode-{number}", argv, _has_node_id)
+        return self._process(f"supernode-{number}", argv, _has_node_id, generation.flwr_bin)
 
     def _relay(self, workers: int, config: Mapping[str, Any], listener_config: Mapping[str, Any]) -> Process:
-        listener = {"address": f"{LOOPBACK}:{self.relay_port}", "wires": [self.wire.value]}
+        listener = {"address": f"{LOOPBACK}:{self.relay_port}", "wires": self._node_wires}
         settings = _merged(
             {
                 "workers": workers,
