@@ -21,6 +21,7 @@ from relay.policies import (
     Validate,
     metrics,
 )
+from relay.quota import Quota
 from relay.stores.host import HostTable
 from relay.stores.node_signers import NodeSigners
 from relay.tls import client_context
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from relay.settings import Listener, Settings
+    from relay.upstreams.channels import Channels
+    from relay.wires.grpc_fleet import GrpcFront
 
 SPECS = {spec.wire: spec for spec in (HTTP_V1, REST_V0)}
 UPSTREAMS = {Wire.HTTP_V1: upstream_http_v1.upstream, Wire.REST_V0: upstream_rest_v0.upstream}
@@ -56,8 +59,8 @@ class Relay:
         tick: to be called once a second, and at the end.
     """
 
-    fronts: tuple[Front, ...]
-    pool: Pool
+    fronts: tuple[Front | GrpcFront, ...]
+    pool: Pool | Channels
     tick: Callable[[], None]
 
 
@@ -71,25 +74,50 @@ def build(settings: Settings, table: HostTable) -> Relay:
     Raises:
         OSError: `upstream.ca_file` cannot be read.
     """
-    pool = _pool(settings)
-    timeouts = Timeouts(settings.upstream.response_timeout, settings.upstream.heartbeat_timeout)
-    upstream = UPSTREAMS[settings.upstream.wire](pool, timeouts, judging=settings.mode != "pass_through")
+    held = Quota(settings.limits.max_held)
+    pool, upstream = _upstream(settings, held)
     counting = Metrics()
     chosen = policies(settings, table, counting)
     fronts = tuple(
-        Front(
-            _routes(settings, listener, chosen, upstream),
-            Receiver(
-                Forwarding(listener.trusted_proxies),
-                settings.limits.max_body,
-                settings.upstream.idle_timeout,
-            ),
-            idle_timeout=settings.upstream.idle_timeout,
-            on_stray=metrics.stray,
-        )
+        _grpc_front(settings, listener, chosen, upstream, held)
+        if listener.speaks_grpc
+        else _front(settings, listener, chosen, upstream)
         for listener in settings.listeners
     )
     return Relay(fronts, pool, counting.sample)
+
+
+def _front(settings: Settings, listener: Listener, chosen: tuple[Policy, ...], upstream: Handler) -> Front:
+    return Front(
+        _routes(settings, listener, chosen, upstream),
+        Receiver(
+            Forwarding(listener.trusted_proxies),
+            settings.limits.max_body,
+            settings.upstream.idle_timeout,
+        ),
+        idle_timeout=settings.upstream.idle_timeout,
+        on_stray=metrics.stray,
+    )
+
+
+def _grpc_front(
+    settings: Settings, listener: Listener, chosen: tuple[Policy, ...], upstream: Handler, held: Quota
+) -> GrpcFront:
+    from relay.wires.grpc_fleet import GrpcFront  # noqa: PLC0415 - gRPC is imported where it is spoken
+
+    handlers = {
+        (wire, method): _chain(settings, chosen, upstream, method).handler
+        for wire in listener.wires
+        for method in Method
+    }
+    return GrpcFront(
+        handlers,
+        Forwarding(listener.trusted_proxies),
+        held,
+        max_body=settings.limits.max_body,
+        tls=listener.tls is not None,
+        on_stray=metrics.stray,
+    )
 
 
 def policies(settings: Settings, table: HostTable, counting: Metrics) -> tuple[Policy, ...]:
@@ -150,6 +178,28 @@ def _routes(
         for wire in listener.wires
         for method in Method
     }
+
+
+def _upstream(settings: Settings, held: Quota) -> tuple[Pool | Channels, Handler]:
+    """Return what leads to the SuperLink, and the handler that asks it."""
+    section = settings.upstream
+    timeouts = Timeouts(section.response_timeout, section.heartbeat_timeout)
+    judging = settings.mode != "pass_through"
+    if section.wire is not Wire.GRPC:
+        pool = _pool(settings)
+        return pool, UPSTREAMS[section.wire](pool, timeouts, judging=judging)
+    from relay.upstreams.channels import Channels, Secured  # noqa: PLC0415 - see `_grpc_front`
+    from relay.upstreams.grpc_fleet import GrpcUpstream  # noqa: PLC0415
+
+    channels = Channels(
+        section.url.host,
+        section.url.port,
+        Secured.by(section.ca_file) if section.url.tls else None,
+        connect_timeout=section.connect_timeout,
+        max_message=settings.limits.max_body,
+    )
+    asking = GrpcUpstream(channels, timeouts, held, queue_timeout=section.queue_timeout, judging=judging)
+    return channels, asking
 
 
 def _pool(settings: Settings) -> Pool:

@@ -33,7 +33,7 @@ _BIN = "-bin"
 _PROOF = {f"{name}{_BIN}": name.encode() for name in ("flwr-public-key", "flwr-signature")}
 
 #: Headers that say something of HTTP's framing, of one hop, of a body, or of the client's HTTP library. A
-#: gRPC client could send them as metadata too, and would then decide where its request ends for the SuperLink.
+#: gRPC client could send them as metadata too, and would then decide where its request ends upstream.
 _HTTP_ONLY = frozenset(
     {
         "accept",

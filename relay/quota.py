@@ -36,7 +36,7 @@ class Quota:
         return True
 
     async def take(self, size: int) -> None:
-        """Wait until `size` more bytes may be held, and hold them. One longer than the limit is let in alone."""
+        """Wait until `size` more bytes may be held, and hold them; more than the limit is let in alone."""
         if self.take_at_once(size):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

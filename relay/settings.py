@@ -122,6 +122,7 @@ class _Conflict:
 def _conflicts(settings: Settings) -> Iterator[_Conflict]:
     yield from _overlaps(settings)
     yield from _uncarried(settings)
+    yield from _of_two_kinds(settings)
     yield from _unsigned(settings)
     upstream = settings.upstream
     if upstream.ca_file is not None and not upstream.url.tls:
@@ -163,6 +164,25 @@ def _uncarried(settings: Settings) -> Iterator[_Conflict]:
                     f" not available: serve {right}, or change upstream.wire"
                 )
                 yield _Conflict((("listeners", index, "wires"), ("upstream", "wire")), wire.value, message)
+
+
+def _of_two_kinds(settings: Settings) -> Iterator[_Conflict]:
+    for index, listener in enumerate(settings.listeners):
+        key: Key = ("listeners", index)
+        kinds = {wire.grpc for wire in listener.wires}
+        if len(kinds) > 1:
+            message = "cannot be served on one port, which speaks either HTTP or gRPC: add a listener"
+            wires = ", ".join(wire.value for wire in listener.wires)
+            yield _Conflict(((*key, "wires"),), wires, message)
+        if kinds != {True}:
+            continue
+        if listener.address.port == 0:
+            message = "must have a port, because each worker opens it for gRPC by itself: write 1 to 65535"
+            yield _Conflict(((*key, "address"), (*key, "wires")), str(listener.address), message)
+        if listener.tls is not None and listener.tls.minimum_version != "1.2":
+            message = "cannot be kept on a port that speaks gRPC, which takes 1.2 and 1.3: leave it out"
+            version: Key = (*key, "tls", "minimum_version")
+            yield _Conflict((version, (*key, "wires")), listener.tls.minimum_version, message)
 
 
 def _unsigned(settings: Settings) -> Iterator[_Conflict]:

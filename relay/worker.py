@@ -21,6 +21,7 @@ from aiohttp import web
 from gunicorn.workers.base import Worker
 
 from relay import tls
+from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from relay.app import Relay
     from relay.settings import Listener, Settings
     from relay.shared import Shared
+    from relay.wires.grpc_fleet import GrpcFront
+    from relay.wires.grpc_server import GrpcServer
 
 log = structlog.get_logger("relay.worker")
 
@@ -78,6 +81,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
     async def _serve(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         _prepare_metrics()
+        # gRPC's own lines are no JSON, and what it complains of becomes a Refusal.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
         settings: Settings = self.wsgi
@@ -87,14 +92,16 @@ class RelayWorker(Worker):  # type: ignore[misc]
         await runner.setup()
         admin_site = web.SockSite(runner, admin_socket.sock)
         await admin_site.start()
-        servers = [
-            NodeServer(front, listener.keepalive)
-            for front, listener in zip(relay.fronts, settings.listeners, strict=True)
-        ]
-        listening = [
-            await self._listen(server, socket.sock, listener)
-            for server, socket, listener in zip(servers, node_sockets, settings.listeners, strict=True)
-        ]
+        servers: list[NodeServer] = []
+        listening: list[asyncio.AbstractServer] = []
+        grpc_servers: list[GrpcServer] = []
+        sockets = iter(node_sockets)
+        for front, listener in zip(relay.fronts, settings.listeners, strict=True):
+            if isinstance(front, Front):
+                servers.append(NodeServer(front, listener.keepalive))
+                listening.append(await self._listen(servers[-1], next(sockets).sock, listener))
+            else:
+                grpc_servers.append(await _listen_grpc(front, listener, settings.limits.max_body))
         # What was made so far lives as long as the worker: never look at it again.
         gc.collect()
         gc.freeze()
@@ -102,11 +109,14 @@ class RelayWorker(Worker):  # type: ignore[misc]
         self.booted = True
         self.shared.serves(self.generation)
         log.info("worker serves", pid=os.getpid(), mode=settings.mode)
-        beating = self.loop.create_task(self._beat(relay))
+        beating = self.loop.create_task(self._beat(relay, grpc_servers))
         await self.stop.wait()
         for server in listening:
             server.close()
-        await drain(servers, settings.drain.timeout, settings.drain.idle_grace)
+        await asyncio.gather(
+            drain(servers, settings.drain.timeout, settings.drain.idle_grace),
+            *(server.drain(settings.drain.timeout) for server in grpc_servers),
+        )
         beating.cancel()
         relay.tick()
         await relay.pool.close()
@@ -131,15 +141,35 @@ class RelayWorker(Worker):  # type: ignore[misc]
         )
         return listening
 
-    async def _beat(self, relay: Relay) -> None:
+    async def _beat(self, relay: Relay, grpc_servers: list[GrpcServer]) -> None:
         """Once a second tell the master that this worker is alive, until it has drained; stop without one."""
         while True:
             self.notify()
             relay.tick()
+            if self.shared.stopping:
+                for server in grpc_servers:
+                    await server.not_ready()
             if self.ppid != os.getppid() and not self.stop.is_set():
                 log.warning("the master is gone; stopping", pid=os.getpid())
                 self.stop.set()
             await asyncio.sleep(1.0)
+
+
+async def _listen_grpc(front: GrpcFront, listener: Listener, max_body: int) -> GrpcServer:
+    from relay.wires import grpc_tls  # noqa: PLC0415 - gRPC bears no fork, and is imported where it is spoken
+    from relay.wires.grpc_server import GrpcServer  # noqa: PLC0415
+
+    section = listener.tls
+    credentials = section and grpc_tls.server_credentials(section.certificate, section.key)
+    server = GrpcServer(
+        front,
+        str(listener.address),
+        max_body=max_body,
+        keepalive=listener.keepalive,
+        credentials=credentials,
+    )
+    await server.start()
+    return server
 
 
 async def drain(servers: list[NodeServer], timeout: float, idle_grace: float) -> None:

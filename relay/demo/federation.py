@@ -179,7 +179,7 @@ class Federation:
         shutil.copytree(flower.APP, self.directory / "app", ignore=shutil.ignore_patterns("__pycache__"))
 
         fleet = self._port()
-        self.ports = Ports(fleet, *((fleet, fleet) if wire is Wire.HTTP_V1 else (self._port(), self._port())))
+        self.ports = Ports(fleet, *self._other_ports(fleet))
         self.superlink = self._process(
             "superlink", flower.superlink_argv(wire, flwr_bin, self.ports), self._superlink_is_ready
         )
@@ -313,6 +313,13 @@ class Federation:
             mark=self._mark(name),
             ready=ready,
         )
+
+    def _other_ports(self, fleet: int) -> tuple[int, int]:
+        if self.wire is Wire.HTTP_V1:
+            return fleet, fleet
+        control = self._port()
+        shared = self.wire is Wire.GRPC and flower.shares_port(self._flwr_bin)
+        return control, control if shared else self._port()
 
     def _superlink_is_ready(self, _: Process) -> bool:
         if self.wire is Wire.HTTP_V1:

@@ -133,8 +133,7 @@ class GrpcUpstream:
                 by=self.pool.name,
                 status=200,
             )
-        metadata = bridge.to_headers(await asked.initial_metadata())
-        metadata += bridge.to_headers(await asked.trailing_metadata())
+        metadata = _headers(await asked.initial_metadata(), await asked.trailing_metadata())
         metadata.append(bridge.CONTENT_TYPE)
         return Reply(Payload(answer), Source.UPSTREAM, metadata=metadata)
 
@@ -164,7 +163,11 @@ class GrpcUpstream:
             reason = judge(call.method, status, CONTENT_TYPE, self._nodes[call.wire].passes)
             if reason is not None:
                 raise Refusal(reason, what, by=self.pool.name, status=status) from error
-        return Reply(Payload(details.encode()), Source.UPSTREAM, status=status, metadata=_headers(error))
+        metadata = _headers(error.initial_metadata(), error.trailing_metadata())
+        # Flower's details are JSON, those of others are not.
+        content_type = b"application/json" if details.startswith("{") else b"text/plain; charset=utf-8"
+        metadata.append((b"content-type", content_type))
+        return Reply(Payload(details.encode()), Source.UPSTREAM, status=status, metadata=metadata)
 
 
 class _Pieces:
@@ -192,11 +195,7 @@ class _Pieces:
         self._taken = 0
 
 
-def _headers(error: aio.AioRpcError) -> Metadata:
-    """Return the headers of a failed call; Flower's details are JSON, those of others are not."""
-    json = (error.details() or "").startswith("{")
-    return [
-        *bridge.to_headers(error.initial_metadata()),
-        *bridge.to_headers(error.trailing_metadata()),
-        (b"content-type", b"application/json" if json else b"text/plain; charset=utf-8"),
-    ]
+def _headers(*received: bridge.GrpcMetadata | None) -> Metadata:
+    """Return the headers of an answer, but for its request id: the node gets the relay's own."""
+    headers = [pair for metadata in received if metadata for pair in bridge.to_headers(metadata)]
+    return [pair for pair in headers if pair[0] != b"x-request-id"]
