@@ -57,19 +57,28 @@ async def start_edge(
 ) -> AsyncIterator[Callable[..., Edge]]:
     """A function that starts nginx in front of the relays on these ports.
 
-    Its further arguments: lines for site/server.d and site/http.d, workers, and connections of a worker.
+    Its further arguments: lines for site/server.d and site/http.d, workers, connections of a worker, and the
+    ports of gRPC relays and lines for site/grpc/server.d.
     """
     edges: list[Edge] = []
     with ExitStack() as stack:
 
         def start(
-            *relays: int, server: str = "", http: str = "", workers: int = 2, connections: int = 512
+            *relays: int,
+            server: str = "",
+            http: str = "",
+            workers: int = 2,
+            connections: int = 512,
+            grpc: tuple[int, ...] = (),
+            grpc_server: str = "",
         ) -> Edge:
             folder = tmp_path / f"edge-{free_port()}"
             folder.mkdir()
             config = shipped(folder, certificates)
-            ports = free_port(), free_port(), free_port()
+            ports = [free_port() for _ in range(5)]
             _edit(config.parent / "site", relays, ports, server, http)
+            if grpc:
+                _edit_grpc(config.parent / "site", grpc, ports[3:], grpc_server)
             replace(
                 config.parent / "site" / "host.conf",
                 ("worker_processes auto;", f"worker_processes {workers};"),
@@ -78,7 +87,9 @@ async def start_edge(
             )
             log = folder / "log" / "start.log"
             command = [nginx, "-p", str(folder), "-e", str(log), "-c", str(config), "-g", "daemon off;"]
-            edge = Edge(folder, certificates, subprocess.Popen(command), *ports)
+            plain, tls, status, *grpc_ports = ports
+            process = subprocess.Popen(command)
+            edge = Edge(folder, certificates, process, plain, tls, status, grpc_ports[0], grpc_ports[1])
             stack.callback(edge.stop)
             edges.append(edge)
             wait(lambda: _serves(edge, log), "answer of /livez")
@@ -90,9 +101,19 @@ async def start_edge(
         await asyncio.sleep(0)
 
 
-def _edit(site: Path, relays: Iterable[int], ports: tuple[int, int, int], server: str, http: str) -> None:
+def _edit_grpc(site: Path, relays: Iterable[int], ports: Iterable[int], server: str) -> None:
+    replace(site / "http.d" / "grpc.conf", ("# include grpc.conf;", "include grpc.conf;"))
+    plain, tls = ports
+    listen = "listen 127.0.0.1:{} {}http2 default_server reuseport backlog=1024;\n"
+    (site / "grpc" / "listen.conf").write_text(listen.format(plain, "") + listen.format(tls, "ssl "))
+    lines = [f"server 127.0.0.1:{port} max_fails=0;\n" for port in relays]
+    (site / "grpc" / "relays.conf").write_text("".join(lines))
+    (site / "grpc" / "server.d" / "test.conf").write_text(server)
+
+
+def _edit(site: Path, relays: Iterable[int], ports: Iterable[int], server: str, http: str) -> None:
     """Do what an operator does: say where to listen, and where the relays are."""
-    plain, tls, status = ports
+    plain, tls, status, *_ = ports
     listen = "listen 127.0.0.1:{} {}default_server reuseport backlog=1024;\n"
     (site / "listen.conf").write_text(listen.format(plain, "") + listen.format(tls, "ssl "))
     lines = [f"server 127.0.0.1:{port} max_fails=0;\n" for port in relays]
