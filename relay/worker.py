@@ -27,6 +27,7 @@ from relay.wires.http_server import NodeServer
 if TYPE_CHECKING:
     import socket
     import ssl
+    from collections.abc import Sequence
 
     from relay.app import Relay
     from relay.settings import Listener, Settings
@@ -141,7 +142,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
         )
         return listening
 
-    async def _beat(self, relay: Relay, grpc_servers: list[GrpcServer]) -> None:
+    async def _beat(self, relay: Relay, grpc_servers: Sequence[GrpcServer] = ()) -> None:
         """Once a second tell the master that this worker is alive, until it has drained; stop without one."""
         while True:
             self.notify()

@@ -17,7 +17,7 @@ KEY = b"-----BEGIN PUBLIC KEY-----\nMHYw\x00\xff"
 SIGNATURE = bytes(range(103))
 TIMESTAMP = "2026-11-23T12:00:00.000001+00:00"
 
-PROOF = [
+PROOF: list[tuple[str, str | bytes]] = [
     ("flwr-public-key-bin", KEY),
     ("flwr-timestamp", TIMESTAMP),
     ("flwr-signature-bin", SIGNATURE),

@@ -36,7 +36,8 @@ _OBJECTS = frozenset({Method.PULL_OBJECT, Method.PUSH_OBJECT})
 #: they count only while there is still no connection; a text that changed makes repeats fewer, not wrong.
 _NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 _TOO_LARGE = "message larger than max"
-#: Most characters of a SuperLink's text that go into a log line.
+#: Statuses whose details say what happened on the way; those of others are the SuperLink's, and not for a log.
+_OF_THE_WAY = frozenset({"UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"})
 _SHOWN = 300
 
 
@@ -151,7 +152,9 @@ class GrpcUpstream:
         """Return the status as a reply if the node understands it; raise the Refusal that it is otherwise."""
         code, details = error.code().name, error.details() or ""
         status = bridge.STATUS[code]
-        what = f"{call.method.rpc} was answered {code} {details[:_SHOWN]!r}"
+        what = f"{call.method.rpc} was answered {code}"
+        if code in _OF_THE_WAY:
+            what += f" {details[:_SHOWN]!r}"
         if code == "UNAVAILABLE" and details.startswith(_NOT_CONNECTED) and not connected(channel):
             self.pool.failure = details[:_SHOWN]
             raise Refusal(Reason.UPSTREAM_DOWN, details[:_SHOWN], by=self.pool.name, sent=False) from error

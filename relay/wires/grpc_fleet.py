@@ -191,12 +191,14 @@ class GrpcFront:
 
     async def _whole(self, rpc: _Rpc, reply: Reply) -> bytes:
         """Return the answer's bytes. Raises Refusal: nothing has been sent yet, so the node can be told."""
-        payload = reply.payload
-        if payload.data is None and payload.size is not None:
-            rpc.settle(payload.size)
-        data = payload.data if payload.data is not None else await payload.read(MOST_BYTES)
-        if payload.size not in (None, len(data)):
-            raise Refusal(Reason.UPSTREAM_BAD_ANSWER, f"{len(data)} bytes of {payload.size} came", by="wire")
+        payload, size = reply.payload, reply.payload.size
+        data = payload.data
+        if data is None:
+            if size is not None:
+                rpc.settle(size)
+            data = await payload.read(MOST_BYTES)
+            if size not in (None, len(data)):
+                raise Refusal(Reason.UPSTREAM_BAD_ANSWER, f"{len(data)} bytes of {size} came", by="wire")
         if len(data) > quota.GUESS:
             rpc.settle(len(data))
         return data
