@@ -24,7 +24,7 @@ ROUNDS = 3
 RUN_CONFIG = {"num-server-rounds": ROUNDS, "seed": 7, "array-size": 300_000}
 #: Seconds without a relay: longer than a pause between two heartbeats of a node.
 OUTAGE = 25.0
-NEW, LEGACY = "flwr==1.42.0", "flwr[rest]==1.32.1"
+NEW, BETWEEN, LEGACY = "flwr==1.42.0", "flwr==1.39.0", "flwr[rest]==1.32.1"
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +35,20 @@ def direct(flower: Callable[[str], Path]) -> RunResult:
 
 
 def _federation(
-    flower: Callable[[str], Path], legacy: Sequence[bool], keys: Path, entry_port: int | None = None
+    flower: Callable[[str], Path],
+    legacy: Sequence[bool],
+    keys: Path,
+    entry_port: int | None = None,
+    superlink: tuple[str, Wire] = (NEW, Wire.HTTP_V1),
 ) -> Federation:
     nodes = [
         Generation(flower(LEGACY), Wire.REST_V0) if old else Generation(flower(NEW), Wire.HTTP_V1)
         for old in legacy
     ]
+    release, wire = superlink
     signing = {"directory": str(keys), "unauthenticated": True}
     config = {"signing": signing, "log": {"level": "debug"}}
-    return Federation(flower(NEW), nodes=nodes, relay_config=config, entry_port=entry_port)
+    return Federation(flower(release), wire=wire, nodes=nodes, relay_config=config, entry_port=entry_port)
 
 
 def test_two_generations_in_one_run(
@@ -107,3 +112,23 @@ def test_legacy_nodes_live_through_a_restart_of_the_relay(
     assert [done.number for done in result.rounds] == list(range(1, ROUNDS + 1))
     assert result.arrays == direct.arrays
     assert [node.returncode for node in federation.supernodes] == [0, 0]
+
+
+def test_a_superlink_that_speaks_grpc(
+    flower: Callable[[str], Path], direct: RunResult, tmp_path: Path, leftovers: Callable[[], list[str]]
+) -> None:
+    keys = tmp_path / "signing"
+    with _federation(flower, [True, False], keys, superlink=(BETWEEN, Wire.GRPC)) as federation:
+        federation.up()
+        result = federation.run(RUN_CONFIG)
+        federation.stop_supernodes()
+        text = federation.relay_metrics()
+        federation.down()
+        assert federation.relay is not None
+        log = [json.loads(line) for line in federation.relay.output().splitlines()]
+    assert [done.number for done in result.rounds] == list(range(1, ROUNDS + 1))
+    assert result.arrays == direct.arrays
+    assert [node.returncode for node in federation.supernodes] == [0, 0]
+    assert text is not None
+    assert {method: calls.failed for method, calls in metrics.parse(text).items() if calls.failed} == {}
+    assert [line for line in log if line["level"] in {"warning", "error", "critical"}] == []
