@@ -46,7 +46,7 @@ def test_without_the_section_there_is_no_trace_of_it() -> None:
 
 @pytest.mark.parametrize("mode", ["normal", "pass_through"])
 async def test_a_legacy_node_is_signed_for(tmp_path: Path, mode: str) -> None:
-    own = b"-----BEGIN PUBLIC KEY-----"
+    own = b"the node's own key"
     join = encode_bytes(1, own) + encode_uint(15, 7)
     pull = encode_bytes(1, encode_uint(1, 99))
     came: list[Message] = []
