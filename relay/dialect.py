@@ -158,7 +158,7 @@ def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
 
 
 def _grpc(reason: Reason, kind: Kind | None) -> Cell:
-    if reason is Reason.UNAUTHENTICATED:
+    if reason is Reason.UNAUTHENTICATED and kind is not Kind.LEAVE:
         return Cell(Abort("UNAUTHENTICATED"), _KICK_401.why)
     match kind:
         case Kind.PULL if reason in _OUTAGE:

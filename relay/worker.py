@@ -147,8 +147,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
         while True:
             self.notify()
             relay.tick()
-            if self.shared.stopping:
-                for server in grpc_servers:
+            for server in grpc_servers:
+                if self.shared.stopping:
                     await server.not_ready()
             if self.ppid != os.getppid() and not self.stop.is_set():
                 log.warning("the master is gone; stopping", pid=os.getpid())
