@@ -29,10 +29,10 @@ from relay.fleet import Kind, Method
 from relay.pipeline import compose
 from relay.policies import signing
 from relay.policies.retry import Budget, Retry
-from relay.policies.signing import Clock, Signing
+from relay.policies.signing import Clock, Proof, Signing
 from relay.refusal import Reason, Refusal
 from relay.stores import node_signers
-from relay.stores.node_signers import NodeSigners
+from relay.stores.node_signers import Node, NodeSigners, Owner
 from relay.wireformat import encode_bytes, encode_uint
 from tests.upstreams.conftest import body
 
@@ -405,6 +405,18 @@ async def test_a_node_whose_file_was_removed_is_refused_within_a_minute(relay: R
     assert refusal.reason is Reason.UNAUTHENTICATED
 
 
+async def test_a_node_id_that_the_superlink_gave_to_another_is_that_ones(relay: Relay) -> None:
+    node_id = await relay.join(ALICE)
+    other = Node.of(Owner("", "bob"), OWN_KEY)
+    store = NodeSigners(relay.directory, MONTH)
+    relay.superlink.nodes = {store.derive(other).public_key: node_id}
+    store.put(node_id, other)  # as another worker does when it has activated
+    relay.time.advance(signing.REUSE)
+    data = request(Method.PULL_MESSAGES, node_id)
+    assert (await relay.ask(Method.PULL_MESSAGES, data, identity=BOB)).status == 200
+    assert (await relay.refused(Method.PULL_MESSAGES, data)).reason is Reason.UNAUTHENTICATED
+
+
 async def test_a_directory_that_is_gone_costs_no_node_its_life(relay: Relay) -> None:
     node_id = await relay.join()
     moved = relay.directory.rename(relay.directory.with_name("moved"))
@@ -612,6 +624,34 @@ async def test_without_a_date_a_node_is_ended_only_if_others_get_in(relay: Relay
     await pull(relay, known)
     relay.time.advance(0.5)
     assert (await ask()).reason is Reason.UNAUTHENTICATED
+
+
+async def test_a_success_ends_the_doubt_about_a_node(relay: Relay) -> None:
+    doubted, known = await relay.join(key=b"one"), await relay.join(key=b"two")
+    key = next(k for k, v in relay.superlink.nodes.items() if v == doubted)
+    relay.superlink.date = None
+    ask = partial(relay.refused, Method.PULL_MESSAGES, request(Method.PULL_MESSAGES, doubted))
+    del relay.superlink.nodes[key]
+    await ask()
+    relay.superlink.nodes[key] = doubted
+    await pull(relay, doubted)
+    relay.time.advance(signing.REUSE)
+    await pull(relay, known)
+    del relay.superlink.nodes[key]
+    assert (await ask()).reason is Reason.UPSTREAM_BAD_ANSWER
+
+
+def test_only_a_signature_that_was_taken_at_once_says_that_the_clock_is_right(time_: Time) -> None:
+    """One that is 20 s old says nothing of a clock that is 10 s ahead."""
+    clock = time_.clock()
+    proof = Proof([], clock.steady(), clock.lead)
+    before = clock.steady() - 1
+    time_.advance(20)
+    clock.accepted(proof, [])
+    assert clock.at_fault(proof, [], before)
+    fresh = Proof([], clock.steady(), clock.lead)
+    clock.accepted(fresh, [])
+    assert not clock.at_fault(fresh, [], before)
 
 
 async def test_without_a_date_a_wrong_clock_ends_no_node(relay: Relay) -> None:
