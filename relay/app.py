@@ -9,6 +9,7 @@ from relay.call import Call, Reply, Wire
 from relay.fleet import Method
 from relay.pipeline import Chain, Handler, Policy, compose
 from relay.policies import (
+    BRIDGES,
     OBSERVERS,
     ORDER,
     AccessLog,
@@ -137,7 +138,7 @@ def policies(settings: Settings, table: HostTable, counting: Metrics) -> tuple[P
         ),
         Signing: _signing(settings),
     }
-    order = OBSERVERS if settings.mode == "pass_through" else ORDER
+    order = (*OBSERVERS, *BRIDGES) if settings.mode == "pass_through" else ORDER
     return tuple(made[policy] for policy in order)
 
 

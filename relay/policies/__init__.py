@@ -21,6 +21,7 @@ from relay.policies.signing import Signing
 from relay.policies.validate import Validate
 
 __all__ = [
+    "BRIDGES",
     "OBSERVERS",
     "ORDER",
     "AccessLog",
@@ -36,4 +37,7 @@ __all__ = [
 ORDER = (Metrics, AccessLog, Maintenance, Validate, Repair, Retry, Signing)
 
 #: What stays in `mode: pass_through`.
-OBSERVERS = (Metrics, AccessLog, Signing)
+OBSERVERS = (Metrics, AccessLog)
+
+#: What stays there as well, innermost as ever: without it some nodes could not be served at all.
+BRIDGES = (Signing,)

@@ -9,7 +9,7 @@ import pytest
 
 from relay import policies
 from relay.call import View
-from relay.policies import ORDER, AccessLog, Maintenance, Metrics, Validate
+from relay.policies import BRIDGES, ORDER, AccessLog, Maintenance, Metrics, Validate
 
 each_policy = pytest.mark.parametrize("policy", ORDER, ids=lambda policy: policy.__name__)
 
@@ -20,6 +20,10 @@ def test_what_counts_and_writes_down_stands_before_all_that_can_refuse() -> None
 
 def test_a_call_is_validated_before_anything_acts_on_it() -> None:
     assert ORDER[2:4] == (Maintenance, Validate)
+
+
+def test_what_signs_stands_behind_all_that_may_ask_a_superlink() -> None:
+    assert ORDER[-1:] == BRIDGES
 
 
 def test_every_policy_stands_in_the_order_once() -> None:
