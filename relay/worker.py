@@ -41,6 +41,8 @@ BACKLOG = 2048
 #: A call leaves no cycles behind, so the collector may look seldom (the default is 700, 10, 10).
 GC_THRESHOLDS = (20_000, 20, 20)
 _TURN = 0.05
+#: gRPC connections are told to leave at an age of at most this share of `drain.timeout`.
+_SHARE_TO_LEAVE = 0.75
 #: Held back from the fork until the event loop runs: the master's handlers do nothing in a worker, and
 #: uvloop forgets what came before it ran. A worker that missed its stop would be waited for, then killed.
 HELD_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
@@ -102,7 +104,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
                 servers.append(NodeServer(front, listener.keepalive))
                 listening.append(await self._listen(servers[-1], next(sockets).sock, listener))
             else:
-                grpc_servers.append(await _listen_grpc(front, listener, settings.limits.max_body))
+                grpc_servers.append(await _listen_grpc(front, listener, settings))
         # What was made so far lives as long as the worker: never look at it again.
         gc.collect()
         gc.freeze()
@@ -156,17 +158,19 @@ class RelayWorker(Worker):  # type: ignore[misc]
             await asyncio.sleep(1.0)
 
 
-async def _listen_grpc(front: GrpcFront, listener: Listener, max_body: int) -> GrpcServer:
+async def _listen_grpc(front: GrpcFront, listener: Listener, settings: Settings) -> GrpcServer:
     from relay.wires import grpc_tls  # noqa: PLC0415 - gRPC bears no fork, and is imported where it is spoken
-    from relay.wires.grpc_server import GrpcServer  # noqa: PLC0415
+    from relay.wires.grpc_server import CONNECTION_SECONDS, GrpcServer  # noqa: PLC0415
 
     section = listener.tls
     credentials = section and grpc_tls.server_credentials(section.certificate, section.key)
     server = GrpcServer(
         front,
         str(listener.address),
-        max_body=max_body,
+        max_body=settings.limits.max_body,
         keepalive=listener.keepalive,
+        # So that all connections have left in time.
+        age=min(CONNECTION_SECONDS, settings.drain.timeout * _SHARE_TO_LEAVE),
         credentials=credentials,
     )
     await server.start()

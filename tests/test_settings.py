@@ -195,7 +195,7 @@ def test_a_section_or_a_listener_without_keys_has_the_defaults(tmp_path: Path) -
         ),
         (
             {"listeners": [{"wires": ["http"]}]},
-            "listeners[0].wires[0] = 'http': must be 'http_v1', 'rest_v0', 'grpc' or 'grpc_adapter' (relay.yaml:3)",
+            "listeners[0].wires[0] = 'http': must be 'http_v1', 'rest_v0', 'grpc' or 'grpc_adapter' (relay",
         ),
         (
             {"listeners": [{"wires": ["http_v1", "http_v1"]}]},

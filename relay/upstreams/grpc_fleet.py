@@ -36,7 +36,7 @@ _OBJECTS = frozenset({Method.PULL_OBJECT, Method.PUSH_OBJECT})
 #: they count only while there is still no connection; a text that changed makes repeats fewer, not wrong.
 _NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 _TOO_LARGE = "message larger than max"
-#: Statuses whose details say what happened on the way; those of others are the SuperLink's, and not for a log.
+#: Statuses whose details say what happened on the way; those of others are the SuperLink's, not for a log.
 _OF_THE_WAY = frozenset({"UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"})
 _SHOWN = 300
 
