@@ -181,12 +181,13 @@ class GrpcFront:
                 rpc.reply.payload.close()
         rpc.sent = len(data)
         trailing = bridge.to_metadata(reply.metadata)
-        trailing.append(("x-request-id", call.request_id))
         if reply.status != 200:
             rpc.outcome = f"upstream_{reply.status}"
+            trailing.append(("x-request-id", call.request_id))
             await context.abort(*_status(reply.status, data), tuple(trailing))
         rpc.outcome = "ok"
-        context.set_trailing_metadata(tuple(trailing))
+        if trailing:
+            context.set_trailing_metadata(tuple(trailing))
         return data if call.wire is Wire.GRPC else grpc_adapter.pack(call.method, data)
 
     async def _whole(self, rpc: _Rpc, reply: Reply) -> bytes:

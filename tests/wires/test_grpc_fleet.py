@@ -158,10 +158,13 @@ async def test_a_known_proxy_is_believed(serve: Callable[..., Awaitable[Served]]
 
 
 @pytest.mark.parametrize(("given", "kept"), [("id-1", True), ("a b", False), ("x" * 129, False)])
-async def test_a_request_id_is_kept_if_it_is_sound_and_comes_back(
+async def test_a_request_id_is_kept_if_it_is_sound_and_comes_back_with_a_failure(
     serve: Callable[..., Awaitable[Served]], given: str, kept: bool
 ) -> None:
-    served = await serve(echo)
+    async def refuse(call: Call) -> Reply:
+        raise Refusal(Reason.OVERLOADED)
+
+    served = await serve(refuse)
     answered = await served.node.ask(Method.PULL_MESSAGES, REQUEST, [("x-request-id", given)])
     assert answered.trailing["x-request-id"] == served.calls[0].request_id
     assert (served.calls[0].request_id == given) is kept
@@ -218,10 +221,7 @@ async def test_metadata_of_the_answer_reaches_the_node_but_not_what_is_of_http(
 
     served = await serve(answer)
     answered = await served.node.ask(Method.PULL_MESSAGES, REQUEST)
-    assert answered.trailing == {
-        "flwr-version-incompatibility-message": "update",
-        "x-request-id": served.calls[0].request_id,
-    }
+    assert answered.trailing == {"flwr-version-incompatibility-message": "update"}
 
 
 @pytest.mark.parametrize(
@@ -440,6 +440,7 @@ async def test_a_message_that_grpc_itself_refuses_ends_the_call_and_gives_its_sh
     answered = await served.node.ask(Method.PUSH_OBJECT, b"x" * 200_001)
     assert answered.code == "RESOURCE_EXHAUSTED", "a node that pushes drops the object, and lives on"
     assert (await served.node.ask(Method.PUSH_OBJECT, b"x")).code == "OK"
+    await served.ending(2)
     assert served.held.held == 0
 
 
