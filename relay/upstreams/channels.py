@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc import aio
 
+from relay.bridge import STATUS
 from relay.fleet import Method
+from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -72,6 +74,7 @@ class Channels:
         """
         self.name = f"{host}:{port}"
         self.failure: str | None = None
+        self._connect_timeout = connect_timeout
         target = f"dns:///[{host}]:{port}" if ":" in host else f"dns:///{host}:{port}"
         options = [
             ("grpc.max_receive_message_length", min(max_message, MOST_BYTES)),
@@ -100,6 +103,26 @@ class Channels:
     def lend(self, method: Method) -> tuple[aio.Channel, Any]:
         """Return the next channel, and what calls `method` on it: bytes in, bytes out."""
         return next(self._turns[method])
+
+    async def get(self, path: str) -> int:
+        """Ask for a path with an empty request; return the HTTP status that means what was answered.
+
+        Raises:
+            Refusal: UPSTREAM_DOWN if nothing answers.
+        """
+        channel = self._channels[0]
+        try:
+            await channel.unary_unary(path)(b"", timeout=self._connect_timeout)
+        except aio.AioRpcError as error:
+            status = STATUS[error.code().name]
+            if status in (503, 504):
+                detail = f"no answer to {path}: {error.details()}"
+                raise Refusal(Reason.UPSTREAM_DOWN, detail, by=self.name, sent=False) from error
+            return status
+        return 200
+
+    def renew(self) -> None:
+        """Nothing to give up: gRPC ends a connection that failed, and opens another."""
 
     def state(self) -> dict[str, object]:
         """Return what an operator wants to see; `last_failure` is None once a call was carried again."""

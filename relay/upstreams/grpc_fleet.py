@@ -127,7 +127,7 @@ class GrpcUpstream:
             return self._failed(call, channel, error)
         self.pool.failure = None
         if self._judging and len(answer) <= WHOLE and not makes_sense(call.method, answer):
-            what = f"{len(answer)} bytes that are no {call.method.response}, beginning {answer[:20]!r}"
+            what = f"{len(answer)} bytes that are no {call.method.response}"
             raise Refusal(
                 Reason.UPSTREAM_BAD_ANSWER,
                 f"{call.method.rpc} was answered {what}",
