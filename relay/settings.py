@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from relay.call import Wire
+from relay import settings_signing
 from relay.settings_files import pair_fault
 from relay.settings_source import (
     Key,
@@ -35,11 +35,9 @@ from relay.settings_tree import (
     Repair,
     Retry,
     Settings,
-    Signing,
     Tls,
     Upstream,
     carried,
-    signed_for,
 )
 from relay.settings_types import BaseUrl, HostPort, show_seconds
 
@@ -57,7 +55,6 @@ __all__ = [
     "Retry",
     "Settings",
     "SettingsError",
-    "Signing",
     "Tls",
     "Upstream",
     "load",
@@ -123,7 +120,7 @@ def _conflicts(settings: Settings) -> Iterator[_Conflict]:
     yield from _overlaps(settings)
     yield from _uncarried(settings)
     yield from _of_two_kinds(settings)
-    yield from _unsigned(settings)
+    yield from (_Conflict(*found) for found in settings_signing.conflicts(settings))
     upstream = settings.upstream
     if upstream.ca_file is not None and not upstream.url.tls:
         message = f"has no effect, because upstream.url is {upstream.url}: use https, or leave it out"
@@ -183,38 +180,6 @@ def _of_two_kinds(settings: Settings) -> Iterator[_Conflict]:
             message = "cannot be kept on a port that speaks gRPC, which takes 1.2 and 1.3: leave it out"
             version: Key = (*key, "tls", "minimum_version")
             yield _Conflict((version, (*key, "wires")), listener.tls.minimum_version, message)
-
-
-def _unsigned(settings: Settings) -> Iterator[_Conflict]:
-    signing, spoken = settings.signing, settings.upstream.wire
-    if signing is not None and spoken is Wire.REST_V0:
-        message = "has no effect, because upstream.wire is rest_v0, which has no signatures: leave it out"
-        keys: tuple[Key, ...] = (("signing", "directory"), ("upstream", "wire"))
-        yield _Conflict(keys, show(str(signing.directory)), message)
-    for index, listener in enumerate(settings.listeners):
-        for wire in listener.wires:
-            if wire not in CARRIES[spoken] or not signed_for(wire, spoken):
-                continue
-            key: Key = ("listeners", index, "wires")
-            if signing is None:
-                message = (
-                    f"cannot be served, because upstream.wire is {spoken.value}, whose SuperLink demands"
-                    " signatures that these nodes do not make: set signing.directory, or do not serve it"
-                )
-                yield _Conflict((key, ("upstream", "wire"), ("signing",)), wire.value, message)
-            elif not signing.unauthenticated and not _asks(listener):
-                message = (
-                    "cannot be served to callers who are not asked who they are, because the relay would sign"
-                    f" for whoever knows a node id: set {dotted((*key[:-1], 'auth', 'accept'))}, or"
-                    " signing.unauthenticated: true in a closed network"
-                )
-                yield _Conflict((key, ("signing", "unauthenticated")), wire.value, message)
-
-
-def _asks(listener: Listener) -> bool:
-    """Return whether nobody gets in on this port without a proof of who he is."""
-    auth = getattr(listener, "auth", None)
-    return auth is not None and bool(auth.accept) and bool(auth.enforce)
 
 
 def _unpaired(settings: Settings) -> Iterator[_Conflict]:

@@ -9,17 +9,16 @@ from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from relay.call import Wire
-from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile, SigningDirectory
+from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile
+from relay.settings_section import Section as _Section
+from relay.settings_signing import Signing, signed_for
 from relay.settings_types import (
     Address,
     BaseUrl,
@@ -42,11 +41,6 @@ CARRIES: Final[Mapping[Wire, tuple[Wire, ...]]] = {
     Wire.GRPC: (Wire.GRPC, Wire.GRPC_ADAPTER, Wire.HTTP_V1, Wire.REST_V0),
 }
 """For each wire that a SuperLink speaks, the wires of nodes whose calls can be carried to it."""
-
-
-def signed_for(wire: Wire, upstream: Wire) -> bool:
-    """Whether nodes of `wire` need the relay's signature before a SuperLink that speaks `upstream`."""
-    return wire is Wire.REST_V0 and upstream is not Wire.REST_V0
 
 
 def carried(upstream: Wire, *, signing: bool) -> tuple[Wire, ...]:
@@ -81,16 +75,6 @@ def _each_once(wires: tuple[Wire, ...]) -> tuple[Wire, ...]:
     if len(set(wires)) < len(wires):
         raise ValueError("must name each wire once")
     return wires
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_all_defaults(cls, value: object) -> object:
-        """A section whose every key is commented out is null in YAML."""
-        return {} if value is None else value
 
 
 def _as_text(version: object) -> object:
@@ -191,25 +175,6 @@ class Upstream(_Section):
     queue_timeout: Seconds = 2.0
     """How long a call waits for a free connection to the SuperLink before the node is told to come back
     later."""
-
-
-class Signing(_Section):
-    """Signatures for nodes that cannot sign: those of `rest_v0` before a SuperLink of another wire, which
-    demands them. Without this section, such nodes are not served. The relay holds a key pair for each node,
-    and signs for it only when the caller is the one who registered it."""
-
-    directory: SigningDirectory
-    """Directory of the secret that all key pairs are derived from, and of a small file per node; it is made
-    at the first start, for the user of the relay alone. Keep it: without it the nodes have to be restarted.
-    To part with a node, remove its file in `nodes`; the node exits within a minute. Several relays share the
-    directory, or have the same `secret` in it while each node stays with one relay."""
-
-    unauthenticated: Flag = False
-    """Also sign for callers who are not asked who they are. Whoever knows a node id can then act as that
-    node: for closed networks and tests."""
-
-    forget_after: Seconds = 30 * 24 * 3600.0
-    """Time after which a node that was not heard of is forgotten. To come back, it has to be restarted."""
 
 
 class Limits(_Section):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay.call import Wire
-from relay.settings import SettingsError, Signing, _asks, load
+from relay.settings import SettingsError, load
+from relay.settings_signing import Signing, asks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +54,7 @@ def test_callers_who_are_not_asked_are_not_signed_for_unless_it_is_said(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("auth", "asks"),
+    ("auth", "right"),
     [
         ({"accept": ("api_key",), "enforce": True}, True),
         ({"accept": (), "enforce": True}, False),
@@ -61,11 +62,11 @@ def test_callers_who_are_not_asked_are_not_signed_for_unless_it_is_said(tmp_path
         (None, False),
     ],
 )
-def test_a_listener_asks_if_nobody_gets_in_without_a_credential(auth: Any, asks: bool) -> None:
+def test_a_listener_asks_if_nobody_gets_in_without_a_credential(auth: Any, right: bool) -> None:
     listener: Any = SimpleNamespace()
     if auth is not None:
         listener.auth = SimpleNamespace(**auth)
-    assert _asks(listener) is asks
+    assert asks(listener) is right
 
 
 def test_before_a_rest_superlink_there_is_nothing_to_sign(tmp_path: Path) -> None:

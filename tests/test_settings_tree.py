@@ -9,8 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from relay.call import Wire
 from relay.settings import load
+from relay.settings_signing import Signing
 from relay.settings_source import _holds, annotation_at, keys
-from relay.settings_tree import CARRIES, Listener, Retry, Settings, Signing, Tls, Upstream, carried
+from relay.settings_tree import CARRIES, Listener, Retry, Settings, Tls, Upstream, carried
 from tests.certificates import make_pair
 
 

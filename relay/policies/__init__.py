@@ -39,5 +39,5 @@ ORDER = (Metrics, AccessLog, Maintenance, Validate, Repair, Retry, Signing)
 #: What stays in `mode: pass_through`.
 OBSERVERS = (Metrics, AccessLog)
 
-#: What stays there as well, innermost as ever: without it some nodes could not be served at all.
+#: What stays there as well, and stands behind the guards: without it some nodes could not be served at all.
 BRIDGES = (Signing,)

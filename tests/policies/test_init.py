@@ -9,7 +9,7 @@ import pytest
 
 from relay import policies
 from relay.call import View
-from relay.policies import BRIDGES, ORDER, AccessLog, Maintenance, Metrics, Validate
+from relay.policies import BRIDGES, ORDER, AccessLog, Maintenance, Metrics, Repair, Retry, Signing, Validate
 
 each_policy = pytest.mark.parametrize("policy", ORDER, ids=lambda policy: policy.__name__)
 
@@ -23,7 +23,8 @@ def test_a_call_is_validated_before_anything_acts_on_it() -> None:
 
 
 def test_what_signs_stands_behind_all_that_may_ask_a_superlink() -> None:
-    assert ORDER[-1:] == BRIDGES
+    assert (Signing,) == BRIDGES
+    assert ORDER.index(Signing) > max(ORDER.index(Repair), ORDER.index(Retry))
 
 
 def test_every_policy_stands_in_the_order_once() -> None:
