@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -281,6 +282,15 @@ class Call:
         self.certificate = certificate
         self.identity: Identity | None = None
         self._endings: list[Callable[[Call, Ending], None]] = []
+
+    def beside(self, method: Method, request: bytes) -> Call:
+        """Return another call of the same node: with the same proof, identity and patience, and no end to tell."""
+        other = copy.copy(self)
+        other.method = method
+        other.payload = Payload(request)
+        other.fault = None
+        other._endings = []
+        return other
 
     def on_end(self, tell: Callable[[Call, Ending], None]) -> None:
         """Have `tell` called once, when the last byte of the answer was written or the call was given up."""

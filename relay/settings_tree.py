@@ -186,7 +186,8 @@ class Limits(_Section):
 
     max_held: Annotated[Bytes, Field(ge=1)] = 256 << 20
     """Bytes of objects that one worker holds at a time where it cannot pass them on piece by piece, which is
-    with gRPC on either side; further calls wait. One object that is larger is let through alone."""
+    with gRPC on either side; further calls wait. One object that is larger is let through alone. gRPC needs
+    up to three times as much memory for a moment."""
 
 
 class Retry(_Section):

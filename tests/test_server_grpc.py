@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from relay.fleet import Method
+from tests.certificates import make_pair
 from tests.grpc_ends import GrpcNode, GrpcSuperLink
 from tests.relay_process import RelayProcess, free_port
 from tests.sockets import connect
@@ -190,6 +191,17 @@ async def test_both_kinds_of_ports_lead_to_one_superlink(
     assert dict(superlink.asked[1].metadata)["flwr-signature-bin"] == b"\x00\xff"
     peer.writer.transport.abort()
     await asyncio.sleep(0.01)
+
+
+async def test_a_port_is_encrypted(relay: RelayProcess, tmp_path: Path) -> None:
+    certificate, key = make_pair(tmp_path)
+    tls = {"certificate": str(certificate), "key": str(key)}
+    relay.settings["listeners"] = [{"address": f"127.0.0.1:{relay.port}", "tls": tls}]
+    await started(relay)
+    async with GrpcNode(relay.port, roots=certificate.read_bytes(), host="localhost") as node:
+        assert (await node.ask(Method.PULL_MESSAGES, REQUEST)).code == "OK"
+    async with GrpcNode(relay.port) as plain:
+        assert (await plain.ask(Method.PULL_MESSAGES, REQUEST, timeout=2.0)).code != "OK"
 
 
 async def test_a_port_that_is_taken_is_a_clear_error(relay: RelayProcess) -> None:

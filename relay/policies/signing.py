@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import copy
 import datetime as dt
 import email.utils
 import time
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 import structlog
 from prometheus_client import Counter, Gauge
 
-from relay.call import Call, Payload, Reply, View, Wire
+from relay.call import Call, Reply, View, Wire
 from relay.fleet import PEEK_BYTES, Kind, Method, peek
 from relay.refusal import Reason, Refusal
 from relay.stores.node_signers import Node, NodeSigners, Owner, Signer, StoreError
@@ -247,8 +246,7 @@ class Signing:
         node = Node.of(owner, key)
         held = await self._beside(lambda: self._make(node))
         # The call itself stays as it came: it may be sent again, and others outside of here go by its key.
-        signed = copy.copy(call)
-        signed.payload = Payload(replace_bytes(request, _PUBLIC_KEY, held.signer.public_key))
+        signed = call.beside(call.method, replace_bytes(request, _PUBLIC_KEY, held.signer.public_key))
         signed.metadata = _signed(call.metadata, held.proof)
         reply = await next(signed)
         if reply.status == 401:
