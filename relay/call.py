@@ -284,12 +284,12 @@ class Call:
         self._endings: list[Callable[[Call, Ending], None]] = []
 
     def beside(self, method: Method, request: bytes) -> Call:
-        """Return another call of the same node: with the same proof, identity and patience, and no end to tell."""
+        """Return another call of the same node, with all that is known of it; nobody is told of its end."""
         other = copy.copy(self)
         other.method = method
         other.payload = Payload(request)
         other.fault = None
-        other._endings = []
+        other._endings = []  # noqa: SLF001 - it is of this class
         return other
 
     def on_end(self, tell: Callable[[Call, Ending], None]) -> None:
