@@ -21,6 +21,8 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node as NodeProto
 from flwr.superlink.routers.fleet import node_auth
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
@@ -33,7 +35,7 @@ from relay.policies.signing import Clock, Proof, Signing
 from relay.refusal import Reason, Refusal
 from relay.stores import node_signers
 from relay.stores.node_signers import Node, NodeSigners, Owner
-from relay.wireformat import encode_bytes, encode_uint
+from relay.wireformat import encode_bytes, encode_uint, well_formed
 from tests.upstreams.conftest import body
 
 if TYPE_CHECKING:
@@ -475,6 +477,31 @@ async def test_a_file_system_that_hangs_is_not_waited_for(
 async def test_what_is_no_call_of_a_node_is_not_signed(relay: Relay, method: Method, data: bytes) -> None:
     assert (await relay.refused(method, data)).reason is Reason.MALFORMED
     assert relay.superlink.asked == []
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(method=st.sampled_from(list(Method)), data=st.binary(max_size=80), head=st.booleans())
+async def test_whatever_is_sent_is_signed_or_refused(
+    relay: Relay, method: Method, data: bytes, head: bool
+) -> None:
+    """Nothing else comes of it, and what is signed is what was sent, but for a key."""
+
+    async def upstream(call: Call) -> Reply:
+        came.append(call)
+        return Reply(Payload(), Source.UPSTREAM)
+
+    came: list[Call] = []
+    data = encode_bytes(1, b"key") + data if head else data
+    call = relay._make_call(method, data, wire=Wire.REST_V0)
+    call.identity = ALICE
+    try:
+        await relay.worker.handle(call, upstream)
+    except Refusal as refusal:
+        assert refusal.reason in (Reason.MALFORMED, Reason.UNAUTHENTICATED, Reason.UPSTREAM_DOWN)
+        assert came == []
+    else:
+        assert method.kind is Kind.JOIN
+        assert well_formed(came[0].payload.data or b"")
 
 
 async def test_a_worker_keeps_no_more_than_it_may_and_finds_the_others_again(
