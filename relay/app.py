@@ -115,7 +115,7 @@ def _grpc_front(
         handlers,
         Forwarding(listener.trusted_proxies),
         held,
-        max_body=settings.limits.max_body,
+        bodies=dict.fromkeys(Method, settings.limits.max_body),
         tls=listener.tls is not None,
         on_stray=metrics.stray,
     )

@@ -163,7 +163,7 @@ async def _listen_grpc(front: GrpcFront, listener: Listener, settings: Settings)
     from relay.wires.grpc_server import CONNECTION_SECONDS, GrpcServer  # noqa: PLC0415
 
     section = listener.tls
-    credentials = section and grpc_tls.server_credentials(section.certificate, section.key)
+    credentials = section and grpc_tls.server_credentials([(section.certificate, section.key)])
     server = GrpcServer(
         front,
         str(listener.address),

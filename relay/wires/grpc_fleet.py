@@ -72,7 +72,7 @@ class GrpcFront:
         forwarding: Forwarding,
         held: Quota,
         *,
-        max_body: int,
+        bodies: Mapping[Method, int],
         tls: bool,
         on_stray: Callable[[str], None],
     ) -> None:
@@ -82,13 +82,13 @@ class GrpcFront:
             handlers: the composed chains; of wires that are gRPC.
             forwarding: what to believe of proxies.
             held: what long messages take their share of.
-            max_body: longest message, in bytes.
+            bodies: longest request of each method, in bytes.
             tls: whether the listener is encrypted.
             on_stray: told about each call that is none of ours, with what it got.
         """
         self._forwarding = forwarding
         self.held = held
-        self._max_body = max_body
+        self._bodies = bodies
         self._tls = tls
         self.stray = on_stray
         self.in_flight = 0
@@ -299,15 +299,15 @@ class GrpcFront:
             request_id=request_id,
             started=rpc.started,
             deadline=rpc.started + _SHARE * _patience(wire, method, context.time_remaining()),
-            fault=self._fault(request),
+            fault=self._fault(method, request),
         )
         self.in_flight += 1
         return call
 
-    def _fault(self, request: bytes) -> Refusal | None:
-        if len(request) <= self._max_body:
+    def _fault(self, method: Method, request: bytes) -> Refusal | None:
+        if len(request) <= self._bodies[method]:
             return None
-        detail = f"{len(request)} bytes, limits.max_body is {self._max_body}"
+        detail = f"{len(request)} bytes, at most {self._bodies[method]}"
         return Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
 
     def _new_id(self) -> str:

@@ -246,7 +246,12 @@ async def relay(superlink: SuperLink) -> AsyncIterator[str]:
 async def _grpc_relay(superlink: SuperLink) -> AsyncIterator[str]:
     handlers = {(superlink.wire, method): partial(superlink.handle, method) for method in Method}
     front = GrpcFront(
-        handlers, Forwarding(()), Quota(1 << 30), max_body=1 << 20, tls=False, on_stray=lambda _: None
+        handlers,
+        Forwarding(()),
+        Quota(1 << 30),
+        bodies=dict.fromkeys(Method, 1 << 20),
+        tls=False,
+        on_stray=lambda _: None,
     )
     server = GrpcServer(front, "127.0.0.1:0", max_body=1 << 20, keepalive=75.0)
     await server.start()

@@ -484,7 +484,7 @@ async def test_tls_checks_the_superlink(
 ) -> None:
     certificate, key = make_pair(tmp_path)
     other, _ = make_pair(tmp_path, "other")
-    async with GrpcSuperLink(credentials=server_credentials(certificate, key)) as superlink:
+    async with GrpcSuperLink(credentials=server_credentials([(certificate, key)])) as superlink:
         known = make_upstream(superlink.port, tls=Secured.by(certificate), host="localhost")
         assert (await known(make_call(Method.PULL_MESSAGES, b"x"))).status == 200
         unknown = make_upstream(superlink.port, tls=Secured.by(other), host="localhost")

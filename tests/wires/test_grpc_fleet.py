@@ -87,7 +87,7 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
                 {(wire, method): handle for wire in wires for method in Method},
                 Forwarding([ipaddress.ip_network(trusted)] if trusted else []),
                 served.held,
-                max_body=max_body,
+                bodies=dict.fromkeys(Method, max_body),
                 tls=False,
                 on_stray=served.strays.append,
             )

@@ -52,7 +52,7 @@ def front(handler: Handler, *, tls: bool = False) -> GrpcFront:
         {(Wire.GRPC, method): handler for method in Method},
         Forwarding([]),
         Quota(1 << 30),
-        max_body=1 << 20,
+        bodies=dict.fromkeys(Method, 1 << 20),
         tls=tls,
         on_stray=lambda _: None,
     )
@@ -171,7 +171,7 @@ async def test_tls(stack: AsyncExitStack, tmp_path: Path) -> None:
     certificate, key = make_pair(tmp_path)
     handler = Slow()
     handler.go.set()
-    server = await serve(stack, handler, credentials=server_credentials(certificate, key))
+    server = await serve(stack, handler, credentials=server_credentials([(certificate, key)]))
     roots = certificate.read_bytes()
     node = await stack.enter_async_context(GrpcNode(server.port, roots=roots, host="localhost"))
     assert (await node.ask(Method.PULL_MESSAGES)).data == b"answer"
