@@ -14,7 +14,7 @@ from typing import NamedTuple
 from generate import publish
 
 from relay.call import Wire
-from relay.dialect import TABLE, Answer, Cell, Drop, Empty, Hold, Status
+from relay.dialect import TABLE, Abort, Answer, Cell, Drop, Empty, Hold, Status
 from relay.fleet import Kind, Method
 from relay.refusal import Reason
 
@@ -24,6 +24,8 @@ OUTCOMES = Path(__file__).parents[1] / "tests" / "contract" / "outcomes.json"
 TITLES = {
     Wire.HTTP_V1: "HTTP v1: flwr 1.40 and newer",
     Wire.REST_V0: "REST v0: flwr 1.23 to 1.32 with `--rest`",
+    Wire.GRPC: "gRPC: flwr 1.23 to 1.39",
+    Wire.GRPC_ADAPTER: "gRPC adapter: flwr 1.23 to 1.39 with `--grpc-adapter`",
 }
 
 #: The answers of the last section, and what they are called there.
@@ -35,6 +37,18 @@ OTHERS = {
     "other type": "200, content type with `; charset=utf-8`",
     "html": "200, an HTML page",
     "garbage": "200, bytes that are no message",
+}
+#: The same for gRPC.
+GRPC_OTHERS = {
+    **{
+        name: name
+        for name in (
+            *("PERMISSION_DENIED", "NOT_FOUND", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "UNKNOWN"),
+            *("FAILED_PRECONDITION", "INVALID_ARGUMENT", "UNIMPLEMENTED", "UNAVAILABLE"),
+        )
+    },
+    "empty": "OK, no bytes",
+    "garbage": "OK, bytes that are no message",
 }
 
 
@@ -132,7 +146,7 @@ def _reasons(reasons: list[Reason]) -> str:
 
 def _word(answer: Answer) -> str:
     match answer:
-        case Status(code):
+        case Status(code) | Abort(code):
             return str(code)
         case Drop():
             return "close"
@@ -144,7 +158,7 @@ def _word(answer: Answer) -> str:
 
 def _name(answer: Answer) -> str:
     """The answer's name in outcomes.json, as tests/contract/faults.py gives it."""
-    return str(answer.code) if isinstance(answer, Status) else type(answer).__name__.lower()
+    return str(answer.code) if isinstance(answer, Status | Abort) else type(answer).__name__.lower()
 
 
 # -- what they must not be told ---------------------------------------------------------------------------
@@ -156,16 +170,20 @@ def _others() -> Iterator[str]:
         versions = " and ".join(release.version for release in releases)
         yield f"### {TITLES[wire]} (seen with {versions})\n"
         methods = [method for method in Method if method.kind is not Kind.LEAVE]
-        columns = [list(group) for _, group in groupby(methods, key=lambda one: _row(releases, one))]
+        others = GRPC_OTHERS if wire.grpc else OTHERS
+        columns = [
+            list(group)
+            for _, group in groupby(methods, key=lambda one, others=others: _row(releases, one, others))
+        ]
         rows = [
             [title, *(_seen_by_all(releases, column, answer) for column in columns)]
-            for answer, title in OTHERS.items()
+            for answer, title in others.items()
         ]
         yield _table(["answer", *(_names(column) for column in columns)], rows)
 
 
-def _row(releases: Iterable[Release], method: Method) -> list[str]:
-    return [_seen_by_all(releases, [method], answer) for answer in OTHERS]
+def _row(releases: Iterable[Release], method: Method, others: Iterable[str]) -> list[str]:
+    return [_seen_by_all(releases, [method], answer) for answer in others]
 
 
 def _seen_by_all(releases: Iterable[Release], methods: list[Method], answer: str) -> str:
@@ -183,9 +201,9 @@ def _releases(wire: Wire) -> list[Release]:
     record = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     versions = sorted(
         (version for version, entry in record.items() if entry["wire"] == wire.value),
-        key=lambda version: [int(part) for part in version.split(".")],
+        key=lambda version: [int(part) for part in version.split()[0].split(".")],
     )
-    return [Release(version, record[version]["outcomes"]) for version in versions]
+    return [Release(version.split()[0], record[version]["outcomes"]) for version in versions]
 
 
 def _seen(release: Release, methods: list[Method], answer: str, missing: str | None = None) -> str:

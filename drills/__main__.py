@@ -18,7 +18,7 @@ from rich.table import Table
 from drills import nginx
 from drills.catalogue import DRILLS, QUICK, Drill
 from drills.columns import carry_out
-from drills.matrix import Configuration, Edge, Left, configurations, left_out
+from drills.matrix import WIRES, Configuration, Edge, Left, configurations, left_out
 from drills.report import show, write_json
 from relay.call import Wire
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("drills", nargs="*", metavar="NAME", help="see --list (default: all)")
     parser.add_argument(
-        "--wire", action="append", choices=[wire.value for wire in Wire], help="only this one"
+        "--wire", action="append", choices=[wire.value for wire in WIRES], help="only this one"
     )
     parser.add_argument("--tls", choices=["on", "off"], help="only with, or only without")
     parser.add_argument(
@@ -70,7 +70,7 @@ def chosen_drills(names: Sequence[str], *, quick: bool) -> list[Drill]:
 
 def chosen_configurations(arguments: argparse.Namespace) -> list[Configuration]:
     """The columns of the matrix that the command line asks for."""
-    wires = [Wire(name) for name in arguments.wire or [wire.value for wire in Wire]]
+    wires = [Wire(name) for name in arguments.wire or [wire.value for wire in WIRES]]
     plain, direct = [False], [Edge.DIRECT]
     tls = {"on": [True], "off": plain, None: plain if arguments.quick else [False, True]}[arguments.tls]
     edges = [Edge(name) for name in arguments.edge or ()] or (direct if arguments.quick else list(Edge))

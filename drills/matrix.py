@@ -7,6 +7,9 @@ from itertools import product
 
 from relay.call import Wire
 
+#: Wires that the drills know how to break.
+WIRES = (Wire.HTTP_V1, Wire.REST_V0)
+
 
 class Edge(enum.Enum):
     """What the SuperNodes connect to."""
@@ -77,7 +80,7 @@ class Needs:
 
 
 def configurations(
-    wires: Sequence[Wire] = tuple(Wire),
+    wires: Sequence[Wire] = WIRES,
     tls: Sequence[bool] = (False, True),
     edges: Sequence[Edge] = tuple(Edge),
     *,

@@ -36,7 +36,14 @@ class Nginx:
     """One nginx. It runs within its `with` block."""
 
     def __init__(
-        self, directory: Path, *, port: int, status_port: int, relay_port: int, tls: Certificates | None
+        self,
+        directory: Path,
+        *,
+        port: int,
+        status_port: int,
+        relay_port: int,
+        tls: Certificates | None,
+        grpc: bool = False,
     ) -> None:
         """Write its configuration into `directory`, as an operator does.
 
@@ -46,6 +53,7 @@ class Nginx:
             status_port: of its own health check.
             relay_port: of the relay.
             tls: for `port`; None for a plain one.
+            grpc: both ports speak gRPC.
         """
         self._directory = directory
         self._status_port = status_port
@@ -54,11 +62,20 @@ class Nginx:
         for name in ("log", "run", *_SPOOLS):
             (directory / name).mkdir()
         site = self._config.parent / "site"
-        ssl = "ssl " if tls else ""
-        (site / "listen.conf").write_text(f"listen {LOOPBACK}:{port} {ssl}default_server reuseport;\n")
+        options = ("ssl " if tls else "") + ("http2 " if grpc else "")
+        listen = f"listen {LOOPBACK}:{port} {options}default_server reuseport;\n"
+        relays = f"server {LOOPBACK}:{relay_port} max_fails=0;\n"
+        if grpc:
+            # Nobody connects to the HTTP half.
+            (site / "listen.conf").write_text(f"listen unix:{directory}/run/http.sock default_server;\n")
+            (site / "grpc" / "listen.conf").write_text(listen)
+            (site / "grpc" / "relays.conf").write_text(relays)
+            _replace(site / "http.d" / "grpc.conf", ("# include grpc.conf;", "include grpc.conf;"))
+        else:
+            (site / "listen.conf").write_text(listen)
+            (site / "relays.conf").write_text(relays)
         names = f"ssl_certificate {tls.certificate};\nssl_certificate_key {tls.key};\n" if tls else ""
         (site / "tls.conf").write_text(names)
-        (site / "relays.conf").write_text(f"server {LOOPBACK}:{relay_port} max_fails=0;\n")
         (site / "http.d").mkdir(exist_ok=True)
         spools = "".join(f"{name}_temp_path {directory / name};\n" for name in _SPOOLS)
         (site / "http.d" / "drills.conf").write_text(spools)

@@ -11,7 +11,12 @@ from typing import Final
 from relay.call import Wire
 
 #: The newest release that speaks each wire.
-RELEASES: Final[Mapping[Wire, str]] = {Wire.HTTP_V1: "flwr==1.42.0", Wire.REST_V0: "flwr[rest]==1.32.1"}
+RELEASES: Final[Mapping[Wire, str]] = {
+    Wire.HTTP_V1: "flwr==1.42.0",
+    Wire.REST_V0: "flwr[rest]==1.32.1",
+    Wire.GRPC: "flwr==1.39.0",
+    Wire.GRPC_ADAPTER: "flwr==1.39.0",
+}
 
 _CACHE: Final = Path(__file__).parents[1] / ".cache" / "flwr"
 _UV: Final = Path(sys.executable).with_name("uv")

@@ -18,6 +18,7 @@ from relay.fleet import MAX_REQUEST, Method
 from relay.limits import Limits, bodies
 from relay.pipeline import Chain, Handler, Policy, compose
 from relay.policies import (
+    BRIDGES,
     GUARDS,
     OBSERVERS,
     ORDER,
@@ -33,12 +34,15 @@ from relay.policies import (
     Repair,
     Retry,
     Shed,
+    Signing,
     Validate,
     metrics,
 )
+from relay.quota import Quota
 from relay.stores import quarantine_list
 from relay.stores.host import HostTable
 from relay.stores.kept import PIECE
+from relay.stores.node_signers import NodeSigners
 from relay.stores.nodes import Nodes
 from relay.stores.records import HostRecords
 from relay.stores.upstreams import UpstreamTable
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from relay.settings import Listener, Settings
     from relay.stores.kept_hosts import Redis
     from relay.upstreams.balance import Balance
+    from relay.wires.grpc_fleet import GrpcFront
 
 SPECS = {spec.wire: spec for spec in (HTTP_V1, REST_V0)}
 
@@ -87,7 +92,7 @@ class Relay:
         close: to be awaited at the end.
     """
 
-    fronts: tuple[Front, ...]
+    fronts: tuple[Front | GrpcFront, ...]
     pool: Balance
     tick: Callable[[], None]
     tls: Tls = NO_TLS
@@ -114,9 +119,10 @@ def build(
     Raises:
         OSError: `keys.pepper_file`, or a file of TLS, cannot be read; ValueError: or used.
     """
+    held = Quota(settings.limits.max_held)
     tls = _tls(settings, table)
     context = tls.upstream.context if tls.upstream is not None else None
-    pool = superlink(settings, upstreams or UpstreamTable(), context)
+    pool = superlink(settings, upstreams or UpstreamTable(), context, held)
     counting = Metrics()
     keys = _key_table(settings.keys)
     node_keys = _node_keys(settings.node_keys)
@@ -131,16 +137,9 @@ def build(
     sharing = [policy for policy in chosen if isinstance(policy, Redelivery)]
     limits = _limits(settings.limits)
     fronts = tuple(
-        Front(
-            _routes(settings, listener, _with(chosen, auth), pool.handler),
-            Receiver(
-                Forwarding(listener.trusted_proxies, _certificate_header(listener)),
-                limits,
-                settings.upstream.idle_timeout,
-            ),
-            idle_timeout=settings.upstream.idle_timeout,
-            on_stray=metrics.stray,
-        )
+        _grpc_front(settings, listener, _with(chosen, auth), pool.handler, limits, held=held)
+        if listener.speaks_grpc
+        else _front(settings, listener, _with(chosen, auth), pool.handler, limits)
         for listener, auth in zip(settings.listeners, asking, strict=True)
     )
 
@@ -160,6 +159,47 @@ def build(
         await pool.close()
 
     return Relay(fronts, pool, tick, tls, prepare, close)
+
+
+def _front(
+    settings: Settings, listener: Listener, chosen: tuple[Policy, ...], upstream: Handler, limits: Limits
+) -> Front:
+    return Front(
+        _routes(settings, listener, chosen, upstream),
+        Receiver(
+            Forwarding(listener.trusted_proxies, _certificate_header(listener)),
+            limits,
+            settings.upstream.idle_timeout,
+        ),
+        idle_timeout=settings.upstream.idle_timeout,
+        on_stray=metrics.stray,
+    )
+
+
+def _grpc_front(
+    settings: Settings,
+    listener: Listener,
+    chosen: tuple[Policy, ...],
+    upstream: Handler,
+    limits: Limits,
+    *,
+    held: Quota,
+) -> GrpcFront:
+    from relay.wires.grpc_fleet import GrpcFront  # noqa: PLC0415 - gRPC is imported where it is spoken
+
+    handlers = {
+        (wire, method): _chain(settings, chosen, upstream, method).handler
+        for wire in listener.wires
+        for method in Method
+    }
+    return GrpcFront(
+        handlers,
+        Forwarding(listener.trusted_proxies, _certificate_header(listener)),
+        held,
+        bodies=limits.bodies,
+        tls=listener.tls is not None,
+        on_stray=metrics.stray,
+    )
 
 
 def credentials(settings: Settings, keys: KeyTable, node_keys: NodeKeys) -> dict[str, Credential]:
@@ -232,7 +272,7 @@ def policies(
     retry, repair, redelivery = settings.retry, settings.repair, settings.redelivery
     nodes = nodes or Nodes(settings.inventory.nodes)
     # Legacy SuperLinks verify no signature: what they accept proves nothing.
-    signed = settings.upstream.wire is Wire.HTTP_V1 and any(
+    signed = settings.upstream.wire is not Wire.REST_V0 and any(
         "node_signature" in names for listener in settings.listeners for names in listener.auth.accept
     )
     made: dict[type, Policy] = {
@@ -259,10 +299,20 @@ def policies(
             budget=Budget(retry.budget, retry.floor),
         ),
         Shed: _shed(settings.shed),
+        Signing: _signing(settings),
         Accepted: Accepted(enabled=signed, pairs=nodes.pairs),
     }
-    order = (*OBSERVERS, *GUARDS) if settings.mode == "pass_through" else ORDER
+    order = (*OBSERVERS, *GUARDS, *BRIDGES) if settings.mode == "pass_through" else ORDER
     return tuple(made[policy] for policy in order)
+
+
+def _signing(settings: Settings) -> Signing:
+    section = settings.signing
+    if section is None:
+        return Signing(None)
+    return Signing(
+        NodeSigners(section.directory, section.forget_after), unauthenticated=section.unauthenticated
+    )
 
 
 def chains(settings: Settings) -> Iterator[tuple[Listener, Wire, Method, Chain]]:

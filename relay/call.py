@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=Message)
 
-#: Header or metadata pairs as they came: order, case and repetition kept, hop-by-hop ones removed.
+#: Header pairs as they came: order, case and repetition kept, hop-by-hop ones removed. gRPC metadata stands
+#: here as the headers that mean the same (`relay.bridge`), so that policies know one form.
 Metadata = list[tuple[bytes, bytes]]
 
 
@@ -29,8 +31,15 @@ class Wire(enum.Enum):
 
     HTTP_V1 = "http_v1"
     REST_V0 = "rest_v0"
+    GRPC = "grpc"
+    GRPC_ADAPTER = "grpc_adapter"
 
     __hash__ = object.__hash__
+
+    @property
+    def grpc(self) -> bool:
+        """Whether it is carried by gRPC, and not by HTTP/1.1."""
+        return self in (Wire.GRPC, Wire.GRPC_ADAPTER)
 
 
 class Source(enum.Enum):
@@ -287,9 +296,17 @@ class Call:
         Raises:
             ProofError: it cannot be read.
         """
-        if self._proof is None and self.wire is Wire.HTTP_V1:  # nobody would verify what a legacy node sends
+        if self._proof is None and self.wire is not Wire.REST_V0:  # nobody would verify what it sends
             self._proof = NodeProof.of_http(self.metadata)
         return self._proof
+    def beside(self, method: Method, request: bytes) -> Call:
+        """Return another call of the same node, with all that is known of it; nobody is told of its end."""
+        other = copy.copy(self)
+        other.method = method
+        other.payload = Payload(request)
+        other.fault = None
+        other._endings = []  # noqa: SLF001 - it is of this class
+        return other
 
     def on_end(self, tell: Callable[[Call, Ending], None]) -> None:
         """Have `tell` called once, when the last byte of the answer was written or the call was given up."""

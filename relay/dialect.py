@@ -11,7 +11,16 @@ REST v0 (flwr 1.23 to 1.32): no status but 200 is survived on a pull, nor on reg
 an object fetch it makes the node stop polling. Only a closed connection is retried, except on a
 heartbeat: there a close kills the thread, and any status is retried.
 
-All: a pull answered with 200 and no bytes means "nothing for you now", and the node polls again in 3 s,
+gRPC (flwr 1.23 to 1.39): UNAVAILABLE is retried for ever, and no other status is. UNAUTHENTICATED shuts the
+node down. PERMISSION_DENIED drops the message at hand, and kills the heartbeat thread. The rest ends the
+node on a pull and on the way to it, and drops the message in the object phase. There is no time-out but
+the 5 s of a heartbeat.
+
+gRPC adapter (flwr 1.23 to 1.39 with --grpc-adapter): nothing is retried but a heartbeat after UNAVAILABLE,
+not even a broken connection. Any status ends the node on a pull, on the way to it, and on get-run and
+get-fab; later it drops the message.
+
+All: a pull answered with no bytes means "nothing for you now", and the node polls again in 3 s,
 also one that was started with --max-retries.
 """
 
@@ -39,7 +48,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Empty:
-    """Answer 200 with zero bytes of application/protobuf: an empty message of any type."""
+    """Answer 200 (gRPC: OK) with zero bytes of application/protobuf: an empty message of any type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +62,16 @@ class Hold:
     seconds: float
 
 
-Answer = Status | Drop | Empty | Hold
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End the gRPC call with the status of this name and a short text, which never speaks of a handshake."""
 
-#: Legacy REST nodes have no timeout of their own; a pull held for 75 s was measured to be harmless.
+    code: str
+
+
+Answer = Status | Drop | Empty | Hold | Abort
+
+#: Legacy REST and gRPC nodes have no timeout on a pull; one held for 75 s was measured to be harmless.
 HOLD_SECONDS = 60.0
 
 
@@ -84,6 +100,7 @@ _HEARTBEAT_503 = Cell(
 )
 _KICK_401 = Cell(Status(401), "the wish is that this node goes: it deactivates and exits")
 _DROP_MESSAGE_403 = Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
+_HELD = Cell(Hold(HOLD_SECONDS), "it waits without harm, and polls less than if told at once")
 _CLOSE = Cell(Drop(), "a closed connection is retried; a status would end the node")
 _SILENCE = Cell(Drop(), "a stranger learns nothing; a node with a credential that is mended lives on")
 _LEAVING = "the node asks once, ignores what comes, and is gone"
@@ -128,7 +145,7 @@ def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
         case Kind.PULL | Kind.JOIN if reason is Reason.UNAUTHENTICATED:
             return Cell(Status(401), "the wish is that this node goes: it exits on any status but 200")
         case Kind.PULL if reason in _OUTAGE:
-            return Cell(Hold(HOLD_SECONDS), "it waits without harm, and polls less than if told at once")
+            return _HELD
         case Kind.PULL:
             return _NOTHING_NOW
         case Kind.PUSH if reason in _LASTING or reason is Reason.UNAUTHENTICATED:
@@ -145,12 +162,60 @@ def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
             assert_never(kind)
 
 
+def _grpc(reason: Reason, kind: Kind | None) -> Cell:
+    if reason is Reason.UNAUTHENTICATED and kind is not Kind.LEAVE:
+        return Cell(Abort("UNAUTHENTICATED"), _KICK_401.why)
+    match kind:
+        case Kind.PULL if reason in _OUTAGE:
+            return _HELD
+        case Kind.PULL:
+            return _NOTHING_NOW
+        case Kind.HEARTBEAT:
+            return Cell(Abort("UNAVAILABLE"), "the next heartbeat comes; any other status kills the thread")
+        case Kind.CONFIRM if reason in _LASTING:
+            return Cell(Empty(), "the node goes on; after a status it would drop the message that it has")
+        case Kind.FETCH | Kind.PUSH if reason in _LASTING:
+            return Cell(Abort("PERMISSION_DENIED"), _DROP_MESSAGE_403.why)
+        case Kind.LEAVE:
+            return Cell(Abort("UNAVAILABLE"), _LEAVING)
+        case Kind.JOIN | Kind.FETCH | Kind.PUSH | Kind.CONFIRM | None:
+            return Cell(Abort("UNAVAILABLE"), _RETRIED_503.why)
+        case _:
+            assert_never(kind)
+
+
+def _grpc_adapter(reason: Reason, kind: Kind | None) -> Cell:
+    match kind:
+        case Kind.HEARTBEAT:
+            return Cell(Abort("UNAVAILABLE"), "the next heartbeat comes; any other status kills the thread")
+        case Kind.PULL | Kind.JOIN if reason is Reason.UNAUTHENTICATED:
+            return Cell(Abort("UNAUTHENTICATED"), "the wish is that this node goes: any status ends it")
+        case Kind.PULL if reason in _OUTAGE:
+            return _HELD
+        case Kind.PULL:
+            return _NOTHING_NOW
+        case Kind.CONFIRM:
+            return Cell(Empty(), "the node goes on with the message that it has; a status would drop it")
+        case Kind.FETCH | Kind.PUSH if reason in _LASTING or reason is Reason.UNAUTHENTICATED:
+            return Cell(Abort("PERMISSION_DENIED"), "as without a relay; this node survives no status here")
+        case Kind.LEAVE:
+            return Cell(Abort("UNAVAILABLE"), _LEAVING)
+        case Kind.JOIN | Kind.FETCH | Kind.PUSH | None:
+            return Cell(Abort("UNAVAILABLE"), "there is no better answer: this node repeats no call")
+        case _:
+            assert_never(kind)
+
+
 def _cell(wire: Wire, reason: Reason, kind: Kind | None) -> Cell:
     match wire:
         case Wire.HTTP_V1:
             return _http_v1(reason, kind)
         case Wire.REST_V0:
             return _rest_v0(reason, kind)
+        case Wire.GRPC:
+            return _grpc(reason, kind)
+        case Wire.GRPC_ADAPTER:
+            return _grpc_adapter(reason, kind)
         case _:
             assert_never(wire)
 

@@ -55,12 +55,17 @@ _BARE_NODE = _Ids(node_is_message=False)
 _OBJECT = _Ids(run=2, object=3)
 
 
+#: What the gRPC name of each method begins with.
+GRPC_SERVICE = "/flwr.proto.Fleet/"
+
+
 class Method(enum.Enum):
     """A Fleet method. The value is its RPC name; the attributes are its row of the catalogue.
 
     Attributes:
         rpc: name in `flwr.proto.Fleet`, e.g. `PullMessages`; also the `method` label of metrics.
         path: last segment of its HTTP path, e.g. `pull-messages`.
+        grpc: full gRPC name, e.g. `/flwr.proto.Fleet/PullMessages`.
         request, response: message type names in `flwr.proto.*_pb2`.
         kind: its meaning in a node's life.
         repeatable: sending the same bytes again after an ambiguous failure is safe
@@ -92,6 +97,7 @@ class Method(enum.Enum):
         self.kind = kind
         self.ids = ids
         self.path = self.name.lower().replace("_", "-")
+        self.grpc = f"{GRPC_SERVICE}{rpc}"
         # Registration is the one pair of messages that carries "Fleet" in its name, since the
         # Control API has a RegisterNode of its own.
         fleet = "Fleet" if rpc in {"RegisterNode", "UnregisterNode"} else ""
@@ -112,6 +118,8 @@ class Method(enum.Enum):
 
 
 BY_PATH = {method.path: method for method in Method}
+BY_GRPC = {method.grpc: method for method in Method}
+BY_REQUEST = {method.request: method for method in Method}
 
 
 class Ids(NamedTuple):

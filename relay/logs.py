@@ -54,6 +54,8 @@ def configure(log: Log, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    # At debug it writes a line per step of each call.
+    logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
     for name in _APART_FROM_ROOT:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

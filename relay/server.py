@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from gunicorn.workers.base import Worker
 
-    from relay.settings import HostPort
+    from relay.settings import HostPort, Listener
 
 log = structlog.get_logger("relay.server")
 
@@ -137,7 +137,7 @@ class _Master(Arbiter):  # type: ignore[misc]
 
     def _choose_endings(self) -> None:
         """Choose how connections end, before the first worker accepts one: they inherit it as they arrive."""
-        for listening, listener in zip(self.LISTENERS, self.app.settings.listeners, strict=False):
+        for listening, listener in zip(self.LISTENERS, _http(self.app.settings), strict=False):
             if listener.tls is not None:
                 tls.reset_unfinished_handshakes(listening.sock)
             else:
@@ -210,6 +210,7 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
             problems = [str(problem) for problem in error.problems]
         else:
             problems = list(_unbindable(set(_addresses(settings)) - set(_addresses(self.settings))))
+            problems += _unbindable(set(_grpc_addresses(settings)) - set(_grpc_addresses(self.settings)))
             problems += _taken(settings.pid_file)
         if problems:
             for problem in problems:
@@ -221,7 +222,8 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until told to stop."""
-        for problem in _taken(self.settings.pid_file):
+        # Workers open the ports of gRPC by themselves, and would share them with another relay's.
+        for problem in (*_taken(self.settings.pid_file), *_unbindable(set(_grpc_addresses(self.settings)))):
             log.error("not started", problem=problem)
             sys.exit(1)
         _Master(self).run()
@@ -264,10 +266,21 @@ def _sweep_metrics() -> None:
 
 
 def _addresses(settings: Settings) -> Iterator[HostPort]:
-    """Yield what is listened on, the admin port last: workers find their sockets by this order."""
-    for listener in settings.listeners:
+    """Yield what the master listens on, the admin port last: workers find their sockets by this order."""
+    for listener in _http(settings):
         yield listener.address
     yield settings.admin.address
+
+
+def _grpc_addresses(settings: Settings) -> Iterator[HostPort]:
+    """Yield what each worker listens on by itself: gRPC takes no socket from the master."""
+    for listener in settings.listeners:
+        if listener.speaks_grpc:
+            yield listener.address
+
+
+def _http(settings: Settings) -> list[Listener]:
+    return [listener for listener in settings.listeners if not listener.speaks_grpc]
 
 
 def _unbindable(addresses: set[HostPort]) -> Iterator[str]:

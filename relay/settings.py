@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from relay import settings_auth, settings_nodes, settings_tls, settings_upstream
+from relay import settings_auth, settings_nodes, settings_signing, settings_tls, settings_upstream
 from relay.settings_auth import Auth, Keys
 from relay.settings_nodes import Inventory, NodeKeys, Quarantine
 from relay.settings_source import (
@@ -39,6 +39,7 @@ from relay.settings_tree import (
     Retry,
     Settings,
     Upstream,
+    carried,
 )
 from relay.settings_types import BaseUrl, Doc, HostPort, RedisUrl, show_bytes, show_seconds
 from relay.settings_upstream import Breaker, Health, Shed
@@ -134,6 +135,8 @@ class _Conflict:
 def _conflicts(settings: Settings) -> Iterator[_Conflict]:
     yield from _overlaps(settings)
     yield from _uncarried(settings)
+    yield from _of_two_kinds(settings)
+    yield from (_Conflict(*found) for found in settings_signing.conflicts(settings))
     yield from (_Conflict(*found) for found in settings_auth.conflicts(settings))
     yield from (_Conflict(*found) for found in settings_tls.conflicts(settings))
     yield from (_Conflict(*found) for found in settings_nodes.conflicts(settings))
@@ -183,12 +186,36 @@ def _uncarried(settings: Settings) -> Iterator[_Conflict]:
     for index, listener in enumerate(settings.listeners):
         for wire in listener.wires:
             if wire not in CARRIES[spoken]:
-                right = ", ".join(carried.value for carried in CARRIES[spoken])
+                can = carried(spoken, signing=settings.signing is not None)
+                right = ", ".join(other.value for other in can)
                 message = (
                     f"cannot be served, because upstream.wire is {spoken.value} and bridging between them is"
                     f" not available: serve {right}, or change upstream.wire"
                 )
                 yield _Conflict((("listeners", index, "wires"), ("upstream", "wire")), wire.value, message)
+
+
+def _of_two_kinds(settings: Settings) -> Iterator[_Conflict]:
+    for index, listener in enumerate(settings.listeners):
+        key: Key = ("listeners", index)
+        kinds = {wire.grpc for wire in listener.wires}
+        if len(kinds) > 1:
+            message = "cannot be served on one port, which speaks either HTTP or gRPC: add a listener"
+            wires = ", ".join(wire.value for wire in listener.wires)
+            yield _Conflict(((*key, "wires"),), wires, message)
+        if kinds != {True}:
+            continue
+        if listener.address.port == 0:
+            message = "must have a port, because each worker opens it for gRPC by itself: write 1 to 65535"
+            yield _Conflict(((*key, "address"), (*key, "wires")), str(listener.address), message)
+        if listener.tls is not None and listener.tls.minimum_version != "1.2":
+            message = "cannot be kept on a port that speaks gRPC, which takes 1.2 and 1.3: leave it out"
+            version: Key = (*key, "tls", "minimum_version")
+            yield _Conflict((version, (*key, "wires")), listener.tls.minimum_version, message)
+        if listener.tls is not None and listener.tls.client_certificates != "off":
+            message = "cannot be asked for on a port that speaks gRPC: leave it out, or end TLS in a proxy"
+            asking: Key = (*key, "tls", "client_certificates")
+            yield _Conflict((asking, (*key, "wires")), listener.tls.client_certificates, message)
 
 
 def _problem(fault: ErrorDetails, source: Source) -> Problem:

@@ -119,6 +119,30 @@ def _check_pepper(path: Path) -> Path:
     return path
 
 
+def _check_signing_directory(path: Path) -> Path:
+    from relay.stores.node_signers import StoreError, read_secret  # noqa: PLC0415 - few need its cryptography
+
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise ValueError(f"is in no directory that exists: make {path.parent}, or write another path")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot be made: this user may not write to {path.parent}")
+        return path
+    if not path.is_dir():
+        raise ValueError("must be a directory")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError("cannot be used: this user may not read it and write to it")
+    secret = path / "secret"
+    if secret.exists():
+        if secret.stat().st_mode & 0o007:
+            raise ValueError(f"holds a secret that others can read: chmod 600 {secret}")
+        try:
+            read_secret(secret)
+        except StoreError as error:
+            raise ValueError(f"cannot be used: {error}") from None
+    return path
+
+
 CaFile = Annotated[Path, AfterValidator(_check_certificates), Doc("path")]
 CertificateFile = Annotated[Path, AfterValidator(_check_certificates), Doc("path")]
 CrlFile = Annotated[Path, AfterValidator(_check_lists), Doc("path")]
@@ -126,3 +150,4 @@ KeyFile = Annotated[Path, AfterValidator(_check_key), Doc("path")]
 PidFile = Annotated[Path, AfterValidator(_check_pid_file), Doc("path")]
 PepperFile = Annotated[Path, AfterValidator(_check_pepper), Doc("path")]
 StoreFile = Annotated[Path, AfterValidator(_check_store), Doc("path")]
+SigningDirectory = Annotated[Path, AfterValidator(_check_signing_directory), Doc("path")]

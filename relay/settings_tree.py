@@ -21,6 +21,7 @@ from relay.settings_auth import Auth, Keys
 from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile
 from relay.settings_nodes import Inventory, NodeKeys, Quarantine
 from relay.settings_section import Section as _Section
+from relay.settings_signing import Signing, signed_for
 from relay.settings_tls import ClientCertificates, ServerName, Tls, off
 from relay.settings_types import (
     Address,
@@ -42,10 +43,17 @@ from relay.settings_types import (
 from relay.settings_upstream import Breaker, Health, Shed
 
 CARRIES: Final[Mapping[Wire, tuple[Wire, ...]]] = {
-    Wire.HTTP_V1: (Wire.HTTP_V1,),
+    Wire.HTTP_V1: (Wire.HTTP_V1, Wire.REST_V0, Wire.GRPC, Wire.GRPC_ADAPTER),
     Wire.REST_V0: (Wire.REST_V0,),
+    Wire.GRPC: (Wire.GRPC, Wire.GRPC_ADAPTER, Wire.HTTP_V1, Wire.REST_V0),
 }
 """For each wire that a SuperLink speaks, the wires of nodes whose calls can be carried to it."""
+
+
+def carried(upstream: Wire, *, signing: bool) -> tuple[Wire, ...]:
+    """Return the wires of nodes whose calls can be carried to `upstream`; `signing`: the section is there."""
+    return tuple(wire for wire in CARRIES[upstream] if signing or not signed_for(wire, upstream))
+
 
 _T = TypeVar("_T")
 
@@ -54,6 +62,13 @@ _MOST_WORKERS_BY_DEFAULT = 4
 
 def _usable_cores() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_WORKERS_BY_DEFAULT)
+
+
+def _of_superlink(wire: Wire) -> Wire:
+    if wire not in CARRIES:
+        right = ", ".join(one.value for one in CARRIES)
+        raise ValueError(f"is a wire of nodes alone: write one of {right}")
+    return wire
 
 
 def _some(entries: tuple[_T, ...]) -> tuple[_T, ...]:
@@ -80,10 +95,15 @@ class Listener(_Section):
         tuple[Wire, ...],
         AfterValidator(_some),
         AfterValidator(_each_once),
-        Doc("list of `http_v1`, `rest_v0`", default="every wire that `upstream.wire` carries"),
+        Doc(
+            "list of `http_v1` and `rest_v0`, or of `grpc` and `grpc_adapter`",
+            default="every wire of the kind that `upstream.wire` is, HTTP or gRPC",
+        ),
     ] = ()
     """Wires (generations of Flower's Fleet API) served on this port: `http_v1` is spoken by nodes of flwr
-    1.40 and newer, `rest_v0` by nodes of flwr 1.23 to 1.32 started with `--rest`."""
+    1.40 and newer, `rest_v0` by nodes of flwr 1.23 to 1.32 started with `--rest`, `grpc` by nodes of flwr
+    1.23 to 1.39, `grpc_adapter` by those of them started with `--grpc-adapter`. A port speaks either HTTP or
+    gRPC. Before a SuperLink that speaks another wire, `rest_v0` needs the section `signing`."""
 
     trusted_proxies: Annotated[tuple[Network, ...], Doc("list of networks")] = ()
     """Networks of the proxies in front of the relay. `Forwarded` and `X-Forwarded-*` are believed from these
@@ -104,6 +124,11 @@ class Listener(_Section):
     tls: Tls | None = None
     auth: Auth = Auth()
 
+    @property
+    def speaks_grpc(self) -> bool:
+        """Whether this port speaks gRPC, and not HTTP."""
+        return any(wire.grpc for wire in self.wires)
+
 
 class Upstream(_Section):
     """The SuperLink, and how calls travel to it."""
@@ -111,9 +136,13 @@ class Upstream(_Section):
     url: Url = BaseUrl("http", "127.0.0.1", 8000)
     """Where the SuperLink listens: `http` or `https`, host and port (80 or 443 when left out), no path."""
 
-    wire: Annotated[Wire, Doc("`http_v1` or `rest_v0`", lambda wire: wire.value)] = Wire.HTTP_V1
-    """Wire that the SuperLink speaks: `http_v1` for flwr 1.40 and newer, `rest_v0` for flwr 1.23 to 1.32 that
-    was started with `--fleet-api-type rest`."""
+    wire: Annotated[
+        Wire,
+        AfterValidator(_of_superlink),
+        Doc("`http_v1`, `rest_v0` or `grpc`", lambda wire: wire.value),
+    ] = Wire.HTTP_V1
+    """Wire that the SuperLink speaks: `http_v1` for flwr 1.40 and newer, `grpc` for flwr 1.23 to 1.39,
+    `rest_v0` for flwr 1.23 to 1.32 that was started with `--fleet-api-type rest`."""
 
     ca_file: Annotated[CaFile | None, Doc("path")] = None
     """PEM file of the certificate authorities that an `https` SuperLink is checked against, relative to the
@@ -211,7 +240,7 @@ class Limits(_Section):
 
     max_body: Annotated[Bytes, Field(ge=1)] = 4 << 30
     """Largest body of a call, in bytes or with a unit (`KiB`, `MiB`, `GiB`, `TiB`). It must hold the largest
-    object of a run: one array of a model and about 300 bytes."""
+    object of a run: one array of a model and about 300 bytes. gRPC carries up to 2 GiB."""
 
     header_count: Annotated[int, Field(strict=True, ge=20), Doc("whole number, at least 20")] = 100
     """Most headers of a call."""
@@ -248,6 +277,13 @@ class Limits(_Section):
     `false` counts such calls, and lets them pass."""
 
     requests: Requests = Requests()
+    """Largest body of a call or of its answer, in bytes or with a unit (`KiB`, `MiB`, `GiB`, `TiB`). It must
+    hold the largest object of a run: one array of a model and about 300 bytes. gRPC carries up to 2 GiB."""
+
+    max_held: Annotated[Bytes, Field(ge=1)] = 256 << 20
+    """Bytes of objects that one worker holds at a time where it cannot pass them on piece by piece, which is
+    with gRPC on either side; further calls wait. One object that is larger is let through alone. gRPC needs
+    up to three times as much memory for a moment."""
 
 
 class Retry(_Section):
@@ -367,7 +403,8 @@ class Settings(_Section):
     can be written to."""
 
     upstream: Upstream = Upstream()
-    # After `upstream`: what a listener serves by default depends on it.
+    signing: Signing | None = None
+    # After `upstream` and `signing`: what a listener serves by default depends on them.
     listeners: Annotated[tuple[Listener, ...], AfterValidator(_some), Field(validate_default=True)] = (
         Listener(),
     )
@@ -394,7 +431,8 @@ class Settings(_Section):
         upstream: Upstream | None = info.data.get("upstream")  # None: refused, and that is reported already
         if upstream is None:
             return listeners
-        carried = {"wires": CARRIES[upstream.wire]}
+        can = carried(upstream.wire, signing=info.data.get("signing") is not None)
+        default = {"wires": tuple(wire for wire in can if wire.grpc is upstream.wire.grpc)}
         return tuple(
-            listener if listener.wires else listener.model_copy(update=carried) for listener in listeners
+            listener if listener.wires else listener.model_copy(update=default) for listener in listeners
         )

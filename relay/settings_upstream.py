@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from relay.call import Wire
 from relay.settings_section import Section
 from relay.settings_source import Key, dotted
 from relay.settings_tls import off
@@ -101,6 +102,15 @@ def conflicts(settings: "Settings") -> Iterator[Found]:
 
 def _addresses(settings: "Settings") -> Iterator[Found]:
     upstream = settings.upstream
+    if upstream.wire is Wire.GRPC:
+        for name in ("addresses", "standby"):
+            if urls := getattr(upstream, name):
+                message = "cannot be used with upstream.wire: grpc, which has one address: leave it out"
+                yield (("upstream", name), ("upstream", "wire")), _texts(urls), message
+        for name in ("certificate", "server_name"):
+            if (value := getattr(upstream, name)) is not None:
+                message = "cannot be used with upstream.wire: grpc: leave it out"
+                yield (("upstream", name), ("upstream", "wire")), str(value), message
     shared: Key = ("upstream", "shared_state")
     if upstream.addresses and not upstream.shared_state:
         message = (

@@ -16,8 +16,10 @@ from relay.upstreams.resolve import Resolver, is_name
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
 
     from relay.pipeline import Handler
+    from relay.quota import Quota
     from relay.settings import BaseUrl, Settings, Upstream
     from relay.stores.upstreams import UpstreamTable
 
@@ -30,15 +32,20 @@ def urls(section: Upstream) -> tuple[BaseUrl, ...]:
     return (section.url, *section.addresses, *section.standby)
 
 
-def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None) -> Balance:
+def superlink(
+    settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None, held: Quota
+) -> Balance:
     """Make the way to the SuperLink. Call it inside the running event loop.
 
     Args:
         settings: the whole tree.
         table: what the workers of the host share about addresses.
-        tls: for https.
+        tls: for https; gRPC makes its own of the same files.
+        held: what long messages of a gRPC SuperLink take their share of.
     """
     section = settings.upstream
+    if section.wire is Wire.GRPC:
+        return _over_grpc(settings, table, held)
     balance: Balance
 
     def reconsider() -> None:
@@ -57,7 +64,9 @@ def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | No
                 spread=section.shared_state,
                 on_change=pool.renew,
             )
-        handler, breaker = _handler(settings, pool, table)
+        timeouts = Timeouts(section.response_timeout, section.heartbeat_timeout)
+        upstream = UPSTREAMS[section.wire](pool, timeouts, judging=settings.mode != "pass_through")
+        handler, breaker = _broken(settings, pool.name, upstream, table, pool.renew)
         health, check = section.health, None
         if several:
             check = Check(
@@ -69,34 +78,63 @@ def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | No
                 failures=health.failures,
                 on_result=reconsider,
             )
-        limits = Health(
-            pool.name,
-            table,
-            failures=health.failures,
-            ejection=health.ejection,
-            max_ejection=health.max_ejection,
-        )
+        limits = _health(settings, pool.name, table)
         made.append(Address(pool, handler, limits, breaker=breaker, resolver=pool.resolver, check=check))
     balance = Balance(made, table, shared_state=section.shared_state, standby_after=section.standby_after)
     return balance
 
 
-def _handler(settings: Settings, pool: Pool, table: UpstreamTable) -> tuple[Handler, Breaker | None]:
+def _over_grpc(settings: Settings, table: UpstreamTable, held: Quota) -> Balance:
+    """The same for a SuperLink that speaks gRPC, which has one address, and looks names up by itself."""
+    from relay.upstreams.channels import Channels, Secured  # noqa: PLC0415 - imported where it is spoken
+    from relay.upstreams.grpc_fleet import GrpcUpstream  # noqa: PLC0415
+
     section = settings.upstream
-    timeouts = Timeouts(section.response_timeout, section.heartbeat_timeout)
-    as_it_is = settings.mode == "pass_through"
-    upstream = UPSTREAMS[section.wire](pool, timeouts, judging=not as_it_is)
-    if as_it_is or not settings.breaker.enabled:
+    channels = Channels(
+        section.url.host,
+        section.url.port,
+        Secured.by(section.ca_file) if section.url.tls else None,
+        connect_timeout=section.connect_timeout,
+        max_message=settings.limits.max_body,
+    )
+    upstream = GrpcUpstream(
+        channels,
+        Timeouts(section.response_timeout, section.heartbeat_timeout),
+        held,
+        queue_timeout=section.queue_timeout,
+        judging=settings.mode != "pass_through",
+    )
+    handler, breaker = _broken(settings, channels.name, upstream, table, channels.renew)
+    address = Address(channels, handler, _health(settings, channels.name, table), breaker=breaker)
+    return Balance([address], table, shared_state=False, standby_after=section.standby_after)
+
+
+def _broken(
+    settings: Settings, name: str, upstream: Handler, table: UpstreamTable, on_open: Callable[[], None]
+) -> tuple[Handler, Breaker | None]:
+    """Put a breaker before the handler of an address, if there shall be one."""
+    if settings.mode == "pass_through" or not settings.breaker.enabled:
         return upstream, None
     breaker = Breaker(
-        pool.name,
+        name,
         upstream,
         table,
         failures=settings.breaker.failures,
         open_seconds=settings.breaker.open_seconds,
-        on_open=pool.renew,
+        on_open=on_open,
     )
     return breaker, breaker
+
+
+def _health(settings: Settings, name: str, table: UpstreamTable) -> Health:
+    section = settings.upstream.health
+    return Health(
+        name,
+        table,
+        failures=section.failures,
+        ejection=section.ejection,
+        max_ejection=section.max_ejection,
+    )
 
 
 def _pool(section: Upstream, url: BaseUrl, tls: ssl.SSLContext | None) -> Pool:

@@ -48,6 +48,24 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise TruncatedError  # groups: no Flower message has one
 
 
+def replace_bytes(data: bytes, number: int, value: bytes) -> bytes:
+    """Return `data` with `value` in each length-delimited field `number`, and all else byte for byte.
+
+    Raises:
+        TruncatedError: `data` breaks off in the middle of a field.
+    """
+    parts = []
+    at = done = 0
+    while at < len(data):
+        tag, inside = _varint(data, at)
+        end = _skip(data, tag, inside)
+        if tag == number << 3 | _LENGTH:
+            parts += [data[done:at], encode_bytes(number, value)]
+            done = end
+        at = end
+    return b"".join((*parts, data[done:]))
+
+
 def well_formed(data: bytes) -> bool:
     """Return whether `data` has the structure of a message, whatever its type; b"" has."""
     try:
@@ -109,6 +127,25 @@ def _encode_varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def _skip(data: bytes, tag: int, at: int) -> int:
+    """Return where the field ends whose content begins at `at`."""
+    match tag & 7:
+        case 0:
+            _, end = _varint(data, at)
+        case 1:
+            end = at + 8
+        case 2:
+            size, start = _varint(data, at)
+            end = start + size
+        case 5:
+            end = at + 4
+        case _:
+            raise TruncatedError  # groups: no Flower message has one
+    if end > len(data) or not tag >> 3:
+        raise TruncatedError
+    return end
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from aiohttp import web
 from gunicorn.workers.base import Worker
 
 from relay import tls, tls_files
+from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from relay.app import Relay
-    from relay.settings import Settings
+    from relay.settings import Listener, Settings
     from relay.shared import Shared
     from relay.tls_files import ListenerTls
+    from relay.wires.grpc_fleet import GrpcFront
+    from relay.wires.grpc_server import GrpcServer
 
 log = structlog.get_logger("relay.worker")
 
@@ -38,6 +41,8 @@ BACKLOG = 2048
 #: A call leaves no cycles behind, so the collector may look seldom (the default is 700, 10, 10).
 GC_THRESHOLDS = (20_000, 20, 20)
 _TURN = 0.05
+#: gRPC connections are told to leave at an age of at most this share of `drain.timeout`.
+_SHARE_TO_LEAVE = 0.75
 #: Held back from the fork until the event loop runs: the master's handlers do nothing in a worker, and
 #: uvloop forgets what came before it ran. A worker that missed its stop would be waited for, then killed.
 HELD_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
@@ -79,6 +84,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
     async def _serve(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         _prepare_metrics()
+        # gRPC's own lines are no JSON, and what it complains of becomes a Refusal.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
         settings: Settings = self.wsgi
@@ -93,14 +100,18 @@ class RelayWorker(Worker):  # type: ignore[misc]
         await runner.setup()
         admin_site = web.SockSite(runner, admin_socket.sock)
         await admin_site.start()
-        servers = [
-            NodeServer(front, listener.keepalive)
-            for front, listener in zip(relay.fronts, settings.listeners, strict=True)
-        ]
-        listening = [
-            await self._listen(server, socket.sock, files)
-            for server, socket, files in zip(servers, node_sockets, relay.tls.listeners, strict=True)
-        ]
+        servers: list[NodeServer] = []
+        listening: list[asyncio.AbstractServer] = []
+        grpc_servers: list[GrpcServer] = []
+        sockets = iter(node_sockets)
+        for front, listener, files in zip(
+            relay.fronts, settings.listeners, relay.tls.listeners, strict=True
+        ):
+            if isinstance(front, Front):
+                servers.append(NodeServer(front, listener.keepalive))
+                listening.append(await self._listen(servers[-1], next(sockets).sock, files))
+            else:
+                grpc_servers.append(await _listen_grpc(front, listener, settings))
         # What was made so far lives as long as the worker: never look at it again.
         gc.collect()
         gc.freeze()
@@ -108,11 +119,14 @@ class RelayWorker(Worker):  # type: ignore[misc]
         self.booted = True
         self.shared.serves(self.generation)
         log.info("worker serves", pid=os.getpid(), mode=settings.mode)
-        beating = self.loop.create_task(self._beat(relay, servers))
+        beating = self.loop.create_task(self._beat(relay, servers, grpc_servers))
         await self.stop.wait()
         for server in listening:
             server.close()
-        await drain(servers, settings.drain.timeout, settings.drain.idle_grace)
+        await asyncio.gather(
+            drain(servers, settings.drain.timeout, settings.drain.idle_grace),
+            *(server.drain(settings.drain.timeout) for server in grpc_servers),
+        )
         beating.cancel()
         relay.tick()
         await relay.close()
@@ -152,17 +166,41 @@ class RelayWorker(Worker):  # type: ignore[misc]
             await asyncio.sleep(1.0)
         return fault is None
 
-    async def _beat(self, relay: Relay, servers: Sequence[NodeServer] = ()) -> None:
+    async def _beat(
+        self, relay: Relay, servers: Sequence[NodeServer] = (), grpc_servers: Sequence[GrpcServer] = ()
+    ) -> None:
         """Once a second tell the master that this worker is alive, until it has drained; stop without one."""
         while True:
             self.notify()
             relay.tick()
             for server in servers:
                 server.check_certificates()
+            for each in grpc_servers:
+                if self.shared.stopping:
+                    await each.not_ready()
             if self.ppid != os.getppid() and not self.stop.is_set():
                 log.warning("the master is gone; stopping", pid=os.getpid())
                 self.stop.set()
             await asyncio.sleep(1.0)
+
+
+async def _listen_grpc(front: GrpcFront, listener: Listener, settings: Settings) -> GrpcServer:
+    from relay.wires import grpc_tls  # noqa: PLC0415 - gRPC bears no fork, and is imported where it is spoken
+    from relay.wires.grpc_server import CONNECTION_SECONDS, GrpcServer  # noqa: PLC0415
+
+    section = listener.tls
+    credentials = section and grpc_tls.server_credentials([(section.certificate, section.key)])
+    server = GrpcServer(
+        front,
+        str(listener.address),
+        max_body=settings.limits.max_body,
+        keepalive=listener.keepalive,
+        # So that all connections have left in time.
+        age=min(CONNECTION_SECONDS, settings.drain.timeout * _SHARE_TO_LEAVE),
+        credentials=credentials,
+    )
+    await server.start()
+    return server
 
 
 async def drain(servers: list[NodeServer], timeout: float, idle_grace: float) -> None:

@@ -155,7 +155,7 @@ class Served:
         self._stop = asyncio.Event()
         routes = {
             path_of(method, wire): Route(SPECS[wire], method, self._handle)
-            for wire in Wire
+            for wire in SPECS
             for method in Method
         }
         for _ in range(self._listeners):

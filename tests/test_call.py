@@ -10,7 +10,7 @@ from flwr.proto.node_pb2 import Node
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.call import Call, Ending, Payload, Reply, Source, View, ViewError
+from relay.call import Call, Certificate, Ending, Identity, Payload, Reply, Source, View, ViewError
 from relay.fleet import Method
 from relay.refusal import NodeGone, Reason, Refusal
 
@@ -314,3 +314,22 @@ def test_a_reply_is_a_success_without_headers_unless_it_says_otherwise() -> None
     assert first.status == 200
     first.metadata.append((b"a", b"b"))
     assert second.metadata == []
+
+
+def test_another_call_of_the_same_node_differs_in_what_it_asks_alone(make_call: Callable[..., Call]) -> None:
+    call = make_call(
+        Method.PUSH_OBJECT, b"object", metadata=[(b"a", b"b")], fault=Refusal(Reason.MALFORMED), deadline=7.0
+    )
+    call.identity = Identity("alice")
+    call.certificate = Certificate("CN=alice")
+    told: list[Ending] = []
+    call.on_end(lambda _, ending: told.append(ending))
+    other = call.beside(Method.PULL_OBJECT, b"question")
+    assert (other.method, other.payload.data, other.fault) == (Method.PULL_OBJECT, b"question", None)
+    for name in ("wire", "metadata", "peer", "request_id", "started", "deadline", "identity", "certificate"):
+        assert getattr(other, name) == getattr(call, name)
+    other.end(Ending("ok", seconds=1))
+    assert told == []
+    assert (call.method, call.payload.data) == (Method.PUSH_OBJECT, b"object")
+    call.end(Ending("ok", seconds=1))
+    assert len(told) == 1

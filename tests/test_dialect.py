@@ -1,7 +1,7 @@
 """No cell of the table ends a node that was not meant to go.
 
 What a node makes of an answer is asked of Flower's own SuperNode where that is installed (HTTP v1), and
-otherwise stated anew from what was measured with real processes (legacy REST, flwr 1.32.1).
+otherwise stated anew from what was measured with real processes (legacy REST, flwr 1.32.1; gRPC, flwr 1.39).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flwr.supernode import fleet_http_connection
 from google.protobuf.message_factory import GetMessageClass
 
 from relay.call import Wire
-from relay.dialect import TABLE, Answer, Drop, Empty, Hold, Status, answer
+from relay.dialect import TABLE, Abort, Answer, Drop, Empty, Hold, Status, answer
 from relay.fleet import BY_PATH, Kind, Method
 from relay.refusal import Reason
 
@@ -109,6 +109,8 @@ def rendered(given: Answer) -> httpx.Response:
             return protobuf(b"")
         case Drop():
             raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        case Abort():
+            raise AssertionError("no HTTP node is told that")
 
 
 class SuperNode:
@@ -316,6 +318,76 @@ def test_a_rest_node_does_what_is_wished_of_it(reason: Reason, method: Method) -
     assert fate_of_a_rest_node(given, method) is wished_of_rest(reason, method.kind)
 
 
+# -- gRPC: what was measured with flwr 1.39.0 and 1.32.1 -----------------------------------------------
+
+
+def fate_of_a_grpc_node(given: Answer, method: Method) -> Fate:
+    """Return what flwr 1.39 does about an answer to its call; `tests/contract` asks the real one."""
+    match given, method.kind:
+        case Empty() | Hold(), Kind.PULL:
+            return Fate.HEARS_NOTHING
+        case Empty() | Hold(), _:
+            return Fate.BELIEVES_IT
+        case Abort(_), Kind.LEAVE:
+            return Fate.LEAVES
+        case Abort("UNAUTHENTICATED"), _:
+            return Fate.EXITS
+        case Abort("UNAVAILABLE"), _:
+            return Fate.RETRIES
+        case Abort("PERMISSION_DENIED"), Kind.HEARTBEAT:
+            return Fate.GOES_SILENT
+        case Abort("PERMISSION_DENIED"), Kind.PULL | Kind.FETCH | Kind.PUSH | Kind.CONFIRM:
+            return Fate.GIVES_MESSAGE_UP
+        case _:
+            return Fate.DIES
+
+
+@pytest.mark.parametrize("method", Method, ids=by_name)
+@pytest.mark.parametrize("reason", Reason, ids=by_name)
+def test_a_grpc_node_does_what_is_wished_of_it(reason: Reason, method: Method) -> None:
+    given = answer(Wire.GRPC, reason, method)
+    assert fate_of_a_grpc_node(given, method) is wished(reason, method.kind)
+
+
+def fate_of_an_adapter_node(given: Answer, method: Method) -> Fate:
+    """Return what flwr 1.39 started with --grpc-adapter does: nothing that it does is ever repeated."""
+    match given, method.kind:
+        case Empty() | Hold(), Kind.PULL:
+            return Fate.HEARS_NOTHING
+        case Empty() | Hold(), _:
+            return Fate.BELIEVES_IT
+        case Abort(_), Kind.LEAVE:
+            return Fate.LEAVES
+        case Abort("UNAVAILABLE"), Kind.HEARTBEAT:
+            return Fate.RETRIES
+        case Abort(_), Kind.PUSH | Kind.CONFIRM:
+            return Fate.GIVES_MESSAGE_UP
+        case Abort(_), _ if method is Method.PULL_OBJECT:
+            return Fate.GIVES_MESSAGE_UP
+        case Abort(_), Kind.HEARTBEAT:
+            return Fate.GOES_SILENT
+        case Abort("UNAUTHENTICATED"), _:
+            return Fate.EXITS  # as on any other status, but this one says that it is meant
+        case _:
+            return Fate.DIES
+
+
+@pytest.mark.parametrize("reason", Reason, ids=by_name)
+def test_an_adapter_node_lives_where_it_can(reason: Reason) -> None:
+    fates = {
+        method: fate_of_an_adapter_node(answer(Wire.GRPC_ADAPTER, reason, method), method)
+        for method in Method
+    }
+    goes = Fate.EXITS if reason is Reason.UNAUTHENTICATED else None
+    assert fates[Method.PULL_MESSAGES] is (goes or Fate.HEARS_NOTHING)
+    assert fates[Method.ACTIVATE_NODE] is (goes or Fate.DIES)
+    assert fates[Method.SEND_NODE_HEARTBEAT] is Fate.RETRIES
+    assert fates[Method.CONFIRM_MESSAGE_RECEIVED] is Fate.BELIEVES_IT
+    assert fates[Method.DEACTIVATE_NODE] is Fate.LEAVES
+    for method in (Method.PULL_OBJECT, Method.PUSH_OBJECT, Method.PUSH_MESSAGES):
+        assert fates[method] is Fate.GIVES_MESSAGE_UP
+
+
 # -- the table as a whole -----------------------------------------------------------------------------
 
 
@@ -331,10 +403,14 @@ def test_an_unknown_method_is_refused_in_a_way_that_no_known_call_but_a_rest_hea
     given = answer(wire, reason, None)
     if reason is Reason.UNAUTHENTICATED and wire is Wire.HTTP_V1:
         assert given == Status(401)
-    elif reason is Reason.STRANGER:
+    elif reason is Reason.STRANGER and not wire.grpc:
         assert given == Drop()
+    elif reason is Reason.UNAUTHENTICATED and wire is Wire.GRPC:
+        assert given == Abort("UNAUTHENTICATED")
     else:
-        assert given == {Wire.HTTP_V1: Status(503), Wire.REST_V0: Drop()}[wire]
+        assert given == (
+            Abort("UNAVAILABLE") if wire.grpc else {Wire.HTTP_V1: Status(503), Wire.REST_V0: Drop()}[wire]
+        )
 
 
 def test_no_node_is_ever_told_anything_but_these() -> None:
@@ -344,7 +420,15 @@ def test_no_node_is_ever_told_anything_but_these() -> None:
         Status(503),
         Empty(),
         Drop(),
+        Abort("UNAVAILABLE"),
+        Abort("PERMISSION_DENIED"),
+        Abort("UNAUTHENTICATED"),
     }
+
+
+def test_each_wire_is_told_in_its_own_words() -> None:
+    for (wire, _, _), cell in TABLE.items():
+        assert not isinstance(cell.answer, Status | Drop if wire.grpc else Abort)
 
 
 def test_only_nodes_without_a_timeout_are_held_and_no_longer_than_was_measured() -> None:
@@ -353,7 +437,9 @@ def test_only_nodes_without_a_timeout_are_held_and_no_longer_than_was_measured()
         for (wire, _, method), cell in TABLE.items()
         if isinstance(cell.answer, Hold)
     }
-    assert {(wire, method) for wire, method, _ in held} == {(Wire.REST_V0, Method.PULL_MESSAGES)}
+    assert {(wire, method) for wire, method, _ in held} == {
+        (wire, Method.PULL_MESSAGES) for wire in Wire if wire is not Wire.HTTP_V1
+    }
     assert all(0 < seconds <= 75 for _, _, seconds in held)
 
 
@@ -361,23 +447,23 @@ def test_a_stranger_is_told_nothing_but_at_a_heartbeat_which_is_never_closed() -
     told = {
         (wire, method): cell.answer
         for (wire, reason, method), cell in TABLE.items()
-        if reason is Reason.STRANGER and cell.answer != Drop()
+        if reason is Reason.STRANGER and cell.answer != Drop() and not wire.grpc
     }
-    assert told == {(wire, Method.SEND_NODE_HEARTBEAT): Status(503) for wire in Wire}
+    assert told == {
+        (wire, Method.SEND_NODE_HEARTBEAT): Status(503) for wire in (Wire.HTTP_V1, Wire.REST_V0)
+    }
 
 
 def test_only_a_reason_that_wishes_it_makes_a_node_go() -> None:
-    assert {reason for (_, reason, _), cell in TABLE.items() if cell.answer == Status(401)} == {
+    going = (Status(401), Abort("UNAUTHENTICATED"))
+    assert {reason for (_, reason, _), cell in TABLE.items() if cell.answer in going} == {
         Reason.UNAUTHENTICATED
     }
 
 
 def test_an_empty_message_is_told_where_it_is_a_whole_answer_and_nowhere_else() -> None:
     assert {(wire, method) for (wire, _, method), cell in TABLE.items() if cell.answer == Empty()} == {
-        (Wire.HTTP_V1, Method.PULL_MESSAGES),
-        (Wire.HTTP_V1, Method.CONFIRM_MESSAGE_RECEIVED),
-        (Wire.REST_V0, Method.PULL_MESSAGES),
-        (Wire.REST_V0, Method.CONFIRM_MESSAGE_RECEIVED),
+        (wire, method) for wire in Wire for method in (Method.PULL_MESSAGES, Method.CONFIRM_MESSAGE_RECEIVED)
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import ipaddress
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import httpx
 import pytest
 from cryptography import x509
@@ -24,10 +26,13 @@ from flwr.supercore.routers import health
 from relay.call import Wire
 from relay.probe import ProbeError, probe_upstream
 from relay.settings import BaseUrl, Upstream
+from tests.grpc_ends import GrpcSuperLink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.grpc_ends import Asked
 
 #: What a server does with one connection: the request that it read is given.
 Behave = Callable[[socket.socket, bytes], None]
@@ -290,3 +295,43 @@ def test_an_authority_file_that_has_vanished_is_reported_and_not_a_crash(authori
     authority.file.unlink()
     with pytest.raises(ProbeError, match="No such file"):
         probe_upstream(settings)
+
+
+# -- gRPC ---------------------------------------------------------------------------------------------
+
+
+async def probed(superlink: GrpcSuperLink, **section: Any) -> str:
+    return await asyncio.to_thread(probe_upstream, upstream(superlink.port, wire=Wire.GRPC, **section))
+
+
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "UNKNOWN", "OK"])
+async def test_a_superlink_that_speaks_grpc_is_known_by_any_answer(code: str) -> None:
+    async def answer(_: Asked, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        if code != "OK":
+            await context.abort(grpc.StatusCode[code], "Missing authentication metadata")
+        return b""
+
+    async with GrpcSuperLink() as superlink:
+        superlink.answer = answer
+        found = await probed(superlink)
+    assert found.startswith(f"http://127.0.0.1:{superlink.port} answers /flwr.proto.Fleet/PullMessages")
+    assert (code in found) is (code != "OK")
+
+
+async def test_a_grpc_server_that_is_no_superlink_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with GrpcSuperLink() as superlink:
+        monkeypatch.setattr(superlink, "service", lambda _: None)
+        with pytest.raises(ProbeError, match=r"check upstream\.url and upstream\.wire"):
+            await probed(superlink)
+
+
+async def test_no_answer_in_grpc_is_no_answer() -> None:
+    async with GrpcSuperLink() as superlink:
+        pass
+    with pytest.raises(ProbeError, match="does not answer"):
+        await probed(superlink)
+
+
+def test_an_http_server_is_no_answer_in_grpc() -> None:
+    with serving(answers(200, path=HEALTH)) as port, pytest.raises(ProbeError, match="does not answer"):
+        probe_upstream(upstream(port, wire=Wire.GRPC, connect_timeout=1))

@@ -194,8 +194,8 @@ def test_a_section_or_a_listener_without_keys_has_the_defaults(tmp_path: Path) -
             "listeners[0].wires = []: must have at least one entry (relay.yaml:2)",
         ),
         (
-            {"listeners": [{"wires": ["grpc"]}]},
-            "listeners[0].wires[0] = 'grpc': must be 'http_v1' or 'rest_v0' (relay.yaml:3)",
+            {"listeners": [{"wires": ["http"]}]},
+            "listeners[0].wires[0] = 'http': must be 'http_v1', 'rest_v0', 'grpc' or 'grpc_adapter' (relay",
         ),
         (
             {"listeners": [{"wires": ["http_v1", "http_v1"]}]},
@@ -207,8 +207,8 @@ def test_a_section_or_a_listener_without_keys_has_the_defaults(tmp_path: Path) -
         ),
         ({"upstream": "http://a"}, "upstream = 'http://a': must be a mapping with any of the keys url, wire"),
         (
-            {"upstream": {"wire": "grpc"}},
-            "upstream.wire = 'grpc': must be 'http_v1' or 'rest_v0' (relay.yaml:2)",
+            {"upstream": {"wire": "http"}},
+            "upstream.wire = 'http': must be 'http_v1', 'rest_v0', 'grpc' or 'grpc_adapter' (relay.yaml:2)",
         ),
         ({"upstream": {"ca_file": 5}}, "upstream.ca_file = 5: must be a path (relay.yaml:2)"),
         (
@@ -349,6 +349,34 @@ def test_a_wire_must_be_carried_by_the_upstream(tmp_path: Path) -> None:
         "listeners[0].wires = http_v1: cannot be served, because upstream.wire is rest_v0 and"
         " bridging between them is not available: serve rest_v0, or change upstream.wire (relay.yaml:2)"
     )
+
+
+def test_a_superlink_is_not_reached_over_the_adapter(tmp_path: Path) -> None:
+    [line] = problems(tmp_path, {"upstream": {"wire": "grpc_adapter"}})
+    assert (
+        "upstream.wire = 'grpc_adapter': is a wire of nodes alone: write one of http_v1, rest_v0, grpc"
+        in line
+    )
+
+
+def test_a_port_speaks_http_or_grpc(tmp_path: Path) -> None:
+    [line] = problems(tmp_path, {"listeners": [{"wires": ["http_v1", "grpc"]}]})
+    assert line.startswith("listeners[0].wires = http_v1, grpc: cannot be served on one port")
+    assert "add a listener" in line
+    tree = {"listeners": [{"wires": ["http_v1"]}, {"address": ":8081", "wires": ["grpc", "grpc_adapter"]}]}
+    assert [listener.speaks_grpc for listener in load_tree(tmp_path, tree).listeners] == [False, True]
+
+
+def test_a_grpc_port_is_no_free_one_and_takes_no_newest_tls_alone(tmp_path: Path) -> None:
+    certificate, key = make_pair(tmp_path)
+    tls = {"certificate": str(certificate), "key": str(key), "minimum_version": "1.3"}
+    lines = problems(tmp_path, {"listeners": [{"wires": ["grpc"], "address": "127.0.0.1:0", "tls": tls}]})
+    assert [line.partition(":")[0].split(" = ")[0] for line in lines] == [
+        "listeners[0].address",
+        "listeners[0].tls.minimum_version",
+    ]
+    tls["minimum_version"] = "1.2"
+    assert load_tree(tmp_path, {"listeners": [{"wires": ["grpc"], "tls": tls}]}).listeners[0].tls is not None
 
 
 def test_a_ca_file_needs_https(tmp_path: Path) -> None:

@@ -9,17 +9,25 @@ from pydantic import BaseModel, ValidationError
 
 from relay.call import Wire
 from relay.settings import load
+from relay.settings_signing import Signing
 from relay.settings_source import _holds, annotation_at, keys
 from relay.settings_tls import Pair, Tls
-from relay.settings_tree import CARRIES, Listener, Retry, Settings, Upstream
+from relay.settings_tree import CARRIES, Listener, Retry, Settings, Upstream, carried
 from tests.certificates import make_pair
 
 
-def test_a_listener_serves_all_that_the_upstream_carries_unless_told() -> None:
-    assert set(CARRIES) == set(Wire)
-    for wire, carried in CARRIES.items():
-        assert load(None, {"RELAY_UPSTREAM__WIRE": wire.value}).listeners[0].wires == carried
-        assert Settings(upstream=Upstream(wire=wire)).listeners[0].wires == carried
+def test_a_listener_serves_all_of_its_kind_that_the_upstream_carries_unless_told() -> None:
+    assert set(CARRIES) == set(Wire) - {Wire.GRPC_ADAPTER}
+    for wire in CARRIES:
+        served = tuple(node for node in carried(wire, signing=False) if node.grpc is wire.grpc)
+        assert load(None, {"RELAY_UPSTREAM__WIRE": wire.value}).listeners[0].wires == served
+        assert Settings(upstream=Upstream(wire=wire)).listeners[0].wires == served
+
+
+def test_a_listener_serves_nodes_that_cannot_sign_if_the_relay_signs(tmp_path: Path) -> None:
+    signing = Signing(directory=tmp_path / "signing")
+    assert Wire.REST_V0 not in Settings().listeners[0].wires
+    assert Settings(signing=signing).listeners[0].wires == (Wire.HTTP_V1, Wire.REST_V0)
 
 
 def test_the_tree_is_frozen(tmp_path: Path) -> None:
@@ -61,6 +69,7 @@ def test_the_example_holds_every_key_with_its_default(tmp_path: Path) -> None:
     files = r"/etc/flwr-relay/(superlink-ca\.pem|node-keys|keys\.jsonl|pepper)|rediss://\S+"
     edited = re.sub(files, "null", text)
     edited = edited.replace("/var/lib/flwr-relay/quarantine", "null")
+    edited = edited.replace("/var/lib/flwr-relay", str(tmp_path))
     edited = re.sub(r"/etc/flwr-relay/(clients-(ca|crl)|upstream(-key)?)\.pem", "null", edited)
     edited = edited.replace("superlink.example", "null")
     edited = re.sub(r"(?m)^  allow:\n(?:    .*\n)+", "  allow: []\n", edited)
@@ -70,13 +79,15 @@ def test_the_example_holds_every_key_with_its_default(tmp_path: Path) -> None:
         pid_file=tmp_path / "relay.pid",
         listeners=(
             Listener(
+                wires=(Wire.HTTP_V1,),
                 tls=Tls(
                     certificate=certificate,
                     key=key,
                     certificates=(Pair(certificate=certificate, key=key),),
-                )
+                ),
             ),
         ),
+        signing=Signing(directory=tmp_path / "signing"),
     )
     tree = yaml.safe_load(text)
     assert {key for key in keys(Settings) if _holds(tree, key)} == set(keys(Settings))

@@ -15,6 +15,7 @@ from relay.wireformat import (
     encode_bytes,
     encode_uint,
     fields,
+    replace_bytes,
     uint,
     well_formed,
 )
@@ -91,3 +92,40 @@ def test_a_double_that_is_cut_is_none() -> None:
     data = Metadata(ttl=3.5).SerializeToString()
     assert double(data, 7) == 3.5
     assert [double(data[:size], 7) for size in range(len(data))] == [None] * len(data)
+
+
+#: Fields as they may stand in a message: number, what stands before the content, the content.
+FIELD = st.tuples(
+    st.integers(1, 40),
+    st.one_of(
+        st.tuples(st.just(0), UINT64.map(lambda value: encode_uint(1, value)[1:])),
+        st.tuples(st.just(1), st.binary(min_size=8, max_size=8)),
+        st.tuples(st.just(2), st.binary(max_size=200).map(lambda value: encode_bytes(1, value)[1:])),
+        st.tuples(st.just(5), st.binary(min_size=4, max_size=4)),
+    ),
+)
+
+
+def _field(number: int, wire_type: int, content: bytes) -> bytes:
+    return encode_uint(1, number << 3 | wire_type)[1:] + content
+
+
+@given(st.lists(FIELD, max_size=8), st.integers(1, 40), st.binary(max_size=300))
+def test_a_field_is_replaced_and_all_else_stays_byte_for_byte(
+    message: list[tuple[int, tuple[int, bytes]]], number: int, value: bytes
+) -> None:
+    data = b"".join(_field(n, *content) for n, content in message)
+    wanted = b"".join(
+        encode_bytes(number, value) if (n, content[0]) == (number, 2) else _field(n, *content)
+        for n, content in message
+    )
+    assert replace_bytes(data, number, value) == wanted
+
+
+@given(st.binary(max_size=60))
+def test_garbage_is_told_from_a_message_when_a_field_is_replaced(data: bytes) -> None:
+    if well_formed(data):
+        replace_bytes(data, 1, b"x")
+    else:
+        with pytest.raises(TruncatedError):
+            replace_bytes(data, 1, b"x")

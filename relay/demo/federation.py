@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import yaml
 
@@ -59,6 +59,13 @@ class RunResult:
     seconds: float
     rounds: tuple[Round, ...]
     arrays: bytes | None
+
+
+class Generation(NamedTuple):
+    """A release of Flower, by the directory of its commands, and the wire that its SuperNode is to speak."""
+
+    flwr_bin: Path
+    wire: Wire
 
 
 class Run:
@@ -130,7 +137,7 @@ class Federation:
         flwr_bin: Path,
         *,
         wire: Wire = Wire.HTTP_V1,
-        nodes: int = 2,
+        nodes: int | Sequence[Generation] = 2,
         relayed: bool = True,
         workers: int = 2,
         relay_config: Mapping[str, Any] | None = None,
@@ -147,7 +154,7 @@ class Federation:
         Args:
             flwr_bin: the directory of Flower's commands (`flower-superlink`, `flwr`, ...).
             wire: what SuperLink and SuperNodes speak; their release must know it.
-            nodes: number of SuperNodes.
+            nodes: number of SuperNodes; or a generation for each of them, if it is not the SuperLink's.
             relayed: the SuperNodes connect to the relay; otherwise to the SuperLink itself.
             workers: processes of the relay.
             relay_config: settings of the relay that go over the federation's own, section by section.
@@ -165,7 +172,9 @@ class Federation:
         self.directory = Path(tempfile.mkdtemp(prefix="flwr-relay-"))
         self._flwr_bin = flwr_bin
         self._keep = keep
-        self._nodes = nodes
+        generations = [Generation(flwr_bin, wire)] * nodes if isinstance(nodes, int) else nodes
+        self._nodes = len(generations)
+        self._node_wires = list(dict.fromkeys(node.wire.value for node in generations))
         self._id = secrets.token_hex(8)
         self._sweeper: subprocess.Popen[bytes] | None = None
         self._resources = ExitStack()
@@ -173,7 +182,7 @@ class Federation:
         shutil.copytree(flower.APP, self.directory / "app", ignore=shutil.ignore_patterns("__pycache__"))
 
         fleet = self._port()
-        self.ports = Ports(fleet, *((fleet, fleet) if wire is Wire.HTTP_V1 else (self._port(), self._port())))
+        self.ports = Ports(fleet, *self._other_ports(fleet))
         self.superlink = self._process(
             "superlink", flower.superlink_argv(wire, flwr_bin, self.ports), self._superlink_is_ready
         )
@@ -186,9 +195,13 @@ class Federation:
         entry = self.relay_port if entry_port is None else entry_port
         self.supernodes = [
             self._supernode(
-                number, entry, root_certificates, userinfo[number] if number < len(userinfo) else ""
+                number,
+                generation,
+                entry,
+                root_certificates,
+                userinfo[number] if number < len(userinfo) else "",
             )
-            for number in range(nodes)
+            for number, generation in enumerate(generations)
         ]
 
     def __enter__(self) -> Self:
@@ -292,19 +305,30 @@ class Federation:
         return port
 
     def _process(
-        self, name: str, argv: flower.Words, ready: Callable[[Process], bool] | None = None
+        self,
+        name: str,
+        argv: flower.Words,
+        ready: Callable[[Process], bool] | None = None,
+        flwr_bin: Path | None = None,
     ) -> Process:
         home = self.directory / "homes" / name
         home.mkdir(parents=True)
         return Process(
             name,
             argv,
-            environment=flower.environment(self._flwr_bin, home),
+            environment=flower.environment(flwr_bin or self._flwr_bin, home),
             directory=self.directory,
             log=self.directory / f"{name}.log",
             mark=self._mark(name),
             ready=ready,
         )
+
+    def _other_ports(self, fleet: int) -> tuple[int, int]:
+        if self.wire is Wire.HTTP_V1:
+            return fleet, fleet
+        control = self._port()
+        shared = self.wire is Wire.GRPC and flower.shares_port(self._flwr_bin)
+        return control, control if shared else self._port()
 
     def _superlink_is_ready(self, _: Process) -> bool:
         if self.wire is Wire.HTTP_V1:
@@ -317,22 +341,27 @@ class Federation:
         return self._process("superexec", argv)
 
     def _supernode(
-        self, number: int, entry_port: int, root_certificates: Path | None, userinfo: str
+        self,
+        number: int,
+        generation: Generation,
+        entry_port: int,
+        root_certificates: Path | None,
+        userinfo: str,
     ) -> Process:
         node_config = {"partition-id": number, "num-partitions": self._nodes}
         argv = flower.supernode_argv(
-            self.wire,
-            self._flwr_bin,
+            generation.wire,
+            generation.flwr_bin,
             entry_port,
             self._port(),
             node_config,
             root_certificates=root_certificates,
             userinfo=userinfo,
         )
-        return self._process(f"supernode-{number}", argv, _has_node_id)
+        return self._process(f"supernode-{number}", argv, _has_node_id, generation.flwr_bin)
 
     def _relay(self, workers: int, config: Mapping[str, Any], listener_config: Mapping[str, Any]) -> Process:
-        listener = {"address": f"{LOOPBACK}:{self.relay_port}", "wires": [self.wire.value]}
+        listener = {"address": f"{LOOPBACK}:{self.relay_port}", "wires": self._node_wires}
         settings = _merged(
             {
                 "workers": workers,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -37,9 +38,14 @@ _NOT_INHERITED = re.compile(
 )
 
 
+#: What Flower calls a wire in its options, before HTTP v1.
+_TRANSPORTS = {Wire.REST_V0: "rest", Wire.GRPC: "grpc-rere", Wire.GRPC_ADAPTER: "grpc-adapter"}
+
+
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The ports of a SuperLink. In HTTP v1 all of its APIs share one; the other two are not used then."""
+    """The ports of a SuperLink. In HTTP v1 all of its APIs share one, and the other two are not used. From
+    flwr 1.35 on, all but the Fleet API share one."""
 
     fleet: int
     control: int
@@ -60,7 +66,9 @@ def superlink_argv(wire: Wire, flwr_bin: Path, ports: Ports) -> Words:
     argv: Words = [flwr_bin / "flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
     if wire is Wire.HTTP_V1:
         return [*argv, "--host", LOOPBACK, "--port", str(ports.fleet)]
-    argv += ["--fleet-api-type", "rest", "--fleet-api-address", f"{LOOPBACK}:{ports.fleet}"]
+    argv += ["--fleet-api-type", _TRANSPORTS[wire], "--fleet-api-address", f"{LOOPBACK}:{ports.fleet}"]
+    if ports.app_io == ports.control:
+        return [*argv, "--host", LOOPBACK, "--port", str(ports.control)]
     argv += ["--control-api-address", f"{LOOPBACK}:{ports.control}"]
     return [*argv, "--serverappio-api-address", f"{LOOPBACK}:{ports.app_io}"]
 
@@ -100,8 +108,13 @@ def supernode_argv(
     address = f"{userinfo}@{LOOPBACK}:{fleet_port}" if userinfo else f"{LOOPBACK}:{fleet_port}"
     if wire is Wire.HTTP_V1:
         return [*argv, "--superlink", address, "--host", LOOPBACK, "--port", str(own_port)]
-    scheme = "https" if root_certificates else "http"
-    argv += ["--rest", "--superlink", f"{scheme}://{address}"]
+    if wire is Wire.REST_V0:
+        scheme = "https" if root_certificates else "http"
+        argv += ["--rest", "--superlink", f"{scheme}://{address}"]
+    else:
+        argv += [f"--{_TRANSPORTS[wire]}", "--superlink", address]
+        if shares_port(flwr_bin):
+            return [*argv, "--host", LOOPBACK, "--port", str(own_port)]
     return [*argv, "--clientappio-api-address", f"{LOOPBACK}:{own_port}"]
 
 
@@ -143,9 +156,21 @@ def version(flwr_bin: Path) -> Version:
     return _parse(result.stdout)
 
 
+@cache
+def shares_port(flwr_bin: Path) -> bool:
+    """Whether all APIs of this flwr but the gRPC Fleet API share one port, given as `--host` and `--port`."""
+    return version(flwr_bin) >= (1, 35, 0)
+
+
 def speaks(release: Version, wire: Wire) -> bool:
     """Whether SuperLink and SuperNode of this release speak the wire."""
-    return release >= (1, 40, 0) if wire is Wire.HTTP_V1 else (1, 23, 0) <= release < (1, 33, 0)
+    match wire:
+        case Wire.HTTP_V1:
+            return release >= (1, 40, 0)
+        case Wire.REST_V0:
+            return (1, 23, 0) <= release < (1, 33, 0)
+        case Wire.GRPC | Wire.GRPC_ADAPTER:
+            return (1, 23, 0) <= release < (1, 40, 0)
 
 
 def _parse(text: str) -> Version:

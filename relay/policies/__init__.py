@@ -13,6 +13,8 @@ ORDER is the order in which a call meets them:
     repair       outside of retry: it judges what came out of all attempts
     retry        outside of one exchange with the upstream, which is one attempt
     shed         inside of retry: who waits for a repeat must not hold a place in the SuperLink's queue
+    signing      each attempt gets a signature that is good at that time. It stays in `mode:
+                 pass_through`, where the nodes that need it would get nothing but 401
     accepted     innermost: only what the SuperLink itself answered counts
 """
 
@@ -27,9 +29,11 @@ from relay.policies.redelivery import Redelivery
 from relay.policies.repair import Repair
 from relay.policies.retry import Budget, Retry
 from relay.policies.shed import Shed
+from relay.policies.signing import Signing
 from relay.policies.validate import Validate
 
 __all__ = [
+    "BRIDGES",
     "GUARDS",
     "OBSERVERS",
     "ORDER",
@@ -45,6 +49,7 @@ __all__ = [
     "Repair",
     "Retry",
     "Shed",
+    "Signing",
     "Validate",
 ]
 
@@ -60,6 +65,7 @@ ORDER = (
     Repair,
     Retry,
     Shed,
+    Signing,
     Accepted,
 )
 
@@ -68,3 +74,6 @@ OBSERVERS = (Metrics, AccessLog, Inventory)
 
 #: What stays there as well: an emergency must not open a port to strangers.
 GUARDS = (Auth, Quarantine)
+
+#: And behind those: without it some nodes could not be served at all.
+BRIDGES = (Signing,)

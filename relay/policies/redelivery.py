@@ -268,16 +268,9 @@ class Redelivery:
             + encode_uint(2, message.run_id)
             + encode_bytes(3, message.id.encode())
         )
-        return Call(
-            Method.PULL_OBJECT,
-            call.wire,
-            call.metadata,
-            Payload(question),
-            peer=call.peer,
-            request_id=call.request_id,
-            started=call.started,
-            deadline=min(call.deadline, time.monotonic() + _QUESTION_SECONDS),
-        )
+        asking = call.beside(Method.PULL_OBJECT, question)
+        asking.deadline = min(call.deadline, time.monotonic() + _QUESTION_SECONDS)
+        return asking
 
     def _delivery(self, call: Call, node: int, claim: Claim, message: _Message) -> Reply:
         self._settle_at_end(call, node, claim.token)

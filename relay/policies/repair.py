@@ -170,7 +170,7 @@ class Repair:
             + encode_bytes(3, ids.object_id.encode())
         )
         try:
-            reply = await next(_beside(call, Method.PULL_OBJECT, question))
+            reply = await next(call.beside(Method.PULL_OBJECT, question))
         except Refusal:
             return False
         try:
@@ -207,7 +207,7 @@ class Repair:
         if node_id is None:
             return False
         try:
-            reply = await next(_beside(call, Method.DEACTIVATE_NODE, encode_uint(1, node_id)))
+            reply = await next(call.beside(Method.DEACTIVATE_NODE, encode_uint(1, node_id)))
         except Refusal:
             return False
         reply.payload.close()
@@ -246,20 +246,6 @@ class Repair:
 def _is_ambiguous(refusal: Refusal) -> bool:
     failed = refusal.reason is Reason.UPSTREAM_REJECTED and (refusal.status or 0) >= 500
     return refusal.sent and (failed or refusal.reason in _AMBIGUOUS)
-
-
-def _beside(call: Call, method: Method, request: bytes) -> Call:
-    """Make another call of the same node, with the same proof."""
-    return Call(
-        method,
-        call.wire,
-        call.metadata,
-        Payload(request),
-        peer=call.peer,
-        request_id=call.request_id,
-        started=call.started,
-        deadline=call.deadline,
-    )
 
 
 def _bytes_field(data: bytes, number: int) -> bytes:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from relay.pipeline import Handler
     from relay.stores.upstreams import UpstreamTable
     from relay.upstreams.breaker import Breaker
+    from relay.upstreams.channels import Channels
     from relay.upstreams.check import Check
     from relay.upstreams.health import Health
     from relay.upstreams.pool import Pool
@@ -59,7 +60,7 @@ class Address:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Pool | Channels,
         handler: Handler,
         health: Health,
         *,

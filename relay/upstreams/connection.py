@@ -23,7 +23,7 @@ from relay.refusal import Reason, Refusal
 from relay.upstreams.timer import Timer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from relay.call import Metadata, Payload
 
@@ -32,6 +32,8 @@ LOW_WATER = 256 * 1024
 #: The most that an upstream may send before the head of its answer is complete.
 MAX_HEAD = 64 * 1024
 _LAST_CHUNK = b"0\r\n\r\n"
+#: A body that is at hand and longer than this is written in pieces, so that the transport copies none of it.
+_AT_ONCE = 256 * 1024
 
 # RFC 9110 section 7.6.1, but for `connection`, whose value names more; and the request id, since the node
 # gets the relay's own.
@@ -184,7 +186,7 @@ class Connection(asyncio.Protocol):
         sender: asyncio.Task[None] | None = None
         try:
             data = payload.data
-            if data is not None:
+            if data is not None and len(data) <= _AT_ONCE:
                 transport.write(head + data if data else head)
                 self._request_done = True
                 self._time(self._head, "no answer", timeout)
@@ -207,10 +209,10 @@ class Connection(asyncio.Protocol):
         try:
             chunked = payload.size is None
             sent = 0
-            async for piece in payload.stream():
+            async for piece in _pieces(payload):
                 if self._transport is None or head.done():
                     return
-                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), bytes(piece)) if chunked else piece)
                 sent += len(piece)
                 if self._paused_writing:
                     await self._drain()
@@ -464,3 +466,15 @@ class Connection(asyncio.Protocol):
     def _wake(waiter: asyncio.Future[None] | None) -> None:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+async def _pieces(payload: Payload) -> AsyncIterator[bytes | memoryview]:
+    """Yield the body; one that is at hand stays there, so that it can be sent again."""
+    data = payload.data
+    if data is None:
+        async for piece in payload.stream():
+            yield piece
+    else:
+        view = memoryview(data)
+        for at in range(0, len(view), _AT_ONCE):
+            yield view[at : at + _AT_ONCE]

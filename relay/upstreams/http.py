@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Kind, Method
@@ -13,8 +13,9 @@ from relay.upstreams.rest import Rest
 from relay.wireformat import uint, well_formed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
+    from relay.call import Wire
     from relay.upstreams.connection import Connection
     from relay.upstreams.pool import Pool
 
@@ -36,6 +37,18 @@ class Timeouts:
     heartbeat: float
 
 
+class Nodes(NamedTuple):
+    """What the nodes of one wire make of an answer.
+
+    Attributes:
+        passes: statuses besides 200 that mean something to them, with the kinds that they are passed for.
+        whole: longest answer, in bytes, that is awaited whole before a byte of it is passed on.
+    """
+
+    passes: Mapping[int, frozenset[Kind]]
+    whole: int = WHOLE
+
+
 class HttpUpstream:
     """A handler that sends a call to the SuperLink and returns its answer as it is.
 
@@ -48,10 +61,9 @@ class HttpUpstream:
         pool: Pool,
         prefix: str,
         timeouts: Timeouts,
-        passes: Mapping[int, Collection[Kind]],
+        nodes: Mapping[Wire, Nodes],
         *,
         judging: bool = True,
-        whole: int = WHOLE,
     ) -> None:
         """Prepare the constant parts of each request.
 
@@ -59,16 +71,14 @@ class HttpUpstream:
             pool: where connections come from.
             prefix: path before the method's, e.g. `/v1/fleet/`.
             timeouts: how long to wait for an answer.
-            passes: statuses besides 200 that mean something to a node, with the kinds they are passed for.
+            nodes: what the nodes of each wire that is carried make of an answer.
             judging: whether an answer that would end a node is refused; if not, any answer is passed on.
-            whole: longest answer, in bytes, that is awaited whole before a byte of it is passed on.
         """
         self.pool = pool
         self._timeouts = timeouts
         self._judging = judging
-        self._whole = whole
+        self._nodes = nodes
         self._awaited = 0
-        self._passes = {status: frozenset(kinds) for status, kinds in passes.items()}
         host = pool.target.authority.encode("ascii")
         self._start = {
             method: b"POST %b%b HTTP/1.1\r\nhost: %b" % (prefix.encode(), method.path.encode(), host)
@@ -93,15 +103,16 @@ class HttpUpstream:
         # The connection may carry another exchange as soon as its body was taken.
         status, content_type, headers = connection.status, connection.content_type, connection.headers
         try:
-            payload = await self._payload(connection)
+            nodes = self._nodes[call.wire]
+            payload = await self._payload(connection, nodes.whole)
             if self._judging:
-                self._check(call.method, status, content_type, payload.data)
+                self._check(call.method, status, content_type, payload.data, nodes.passes)
         except BaseException:
             connection.close()
             raise
         return Reply(payload, Source.UPSTREAM, status=status, metadata=headers)
 
-    async def _payload(self, connection: Connection) -> Payload:
+    async def _payload(self, connection: Connection, whole: int) -> Payload:
         """Wrap the response body; a short one is awaited, so that a break in it becomes a refusal."""
         body = connection.take()
         if body is not None:
@@ -110,7 +121,7 @@ class HttpUpstream:
         payload = Payload(body=Rest(connection), size=size)
         if size is not None and size <= WHOLE:
             await payload.read(WHOLE)
-        elif size is not None and size <= self._whole and self._awaited + size <= AWAITED:
+        elif size is not None and size <= whole and self._awaited + size <= AWAITED:
             self._awaited += size
             try:
                 await payload.read(size)
@@ -129,8 +140,15 @@ class HttpUpstream:
             return own  # a node's patience begins anew when it has sent a long body
         return min(own, call.deadline - time.monotonic())
 
-    def _check(self, method: Method, status: int, content_type: bytes, data: bytes | None) -> None:
-        reason = judge(method, status, content_type, self._passes)
+    def _check(
+        self,
+        method: Method,
+        status: int,
+        content_type: bytes,
+        data: bytes | None,
+        passes: Mapping[int, frozenset[Kind]],
+    ) -> None:
+        reason = judge(method, status, content_type, passes)
         if reason is not None:
             what = f"{status} {content_type[:60].decode('latin-1')!r}"
         elif status == 200 and data is not None and not makes_sense(method, data):
@@ -142,7 +160,7 @@ class HttpUpstream:
 
 
 def judge(
-    method: Method, status: int, content_type: bytes, passes: dict[int, frozenset[Kind]]
+    method: Method, status: int, content_type: bytes, passes: Mapping[int, frozenset[Kind]]
 ) -> Reason | None:
     """Say whether an upstream's answer may reach a node.
 

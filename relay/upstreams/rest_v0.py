@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from relay.call import Wire
 from relay.upstreams.check import Question
-from relay.upstreams.http import HttpUpstream, Timeouts
+from relay.upstreams.http import HttpUpstream, Nodes, Timeouts
 
 if TYPE_CHECKING:
     from relay.upstreams.pool import Pool
@@ -26,4 +27,4 @@ WHOLE = 8 * 1024 * 1024
 
 def upstream(pool: Pool, timeouts: Timeouts, *, judging: bool = True) -> HttpUpstream:
     """Return the handler for this SuperLink; it passes any answer on unless it is `judging`."""
-    return HttpUpstream(pool, PREFIX, timeouts, {}, judging=judging, whole=WHOLE)
+    return HttpUpstream(pool, PREFIX, timeouts, dict.fromkeys(Wire, Nodes({}, WHOLE)), judging=judging)

@@ -258,7 +258,7 @@ class Front:
             case dialect.Status(code):
                 text = reason.value.encode()
                 transport.write(_STATUS_LINE[code] + _PLAIN % len(text) + tail + text)
-            case dialect.Drop():
+            case dialect.Drop() | dialect.Abort():  # no HTTP wire is told the latter
                 return self._drop(request)
             case never:
                 assert_never(never)

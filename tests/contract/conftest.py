@@ -42,14 +42,20 @@ class Release(NamedTuple):
     wire: Wire
 
     def __str__(self) -> str:
-        return self.requirement or "flwr"
+        return f"{self.requirement or 'flwr'}{f'-{self.wire.value}' if self.wire.grpc else ''}"
 
 
 RELEASES = (
     Release("", Wire.HTTP_V1),
     Release("flwr==1.42.0", Wire.HTTP_V1),
     Release("flwr[rest]==1.32.1", Wire.REST_V0),
+    Release("flwr[rest]==1.32.1", Wire.GRPC),
+    Release("flwr==1.39.0", Wire.GRPC),
+    Release("flwr==1.39.0", Wire.GRPC_ADAPTER),
 )
+
+#: What flwr < 1.40 calls them.
+_TRANSPORTS = {Wire.REST_V0: "rest", Wire.GRPC: "grpc-rere", Wire.GRPC_ADAPTER: "grpc-adapter"}
 
 
 class Observed(NamedTuple):
@@ -115,7 +121,7 @@ def _from_json(text: str) -> Observed:
 async def _observe_all(release: Release, python: Path, directory: Path) -> Observed:
     slots = asyncio.Semaphore(PARALLEL)
     outcomes: dict[Case, Observation] = {}
-    async with Nodes(python, PROBE, directory) as nodes:
+    async with Nodes(python, PROBE, directory, _TRANSPORTS.get(release.wire, "")) as nodes:
 
         async def one(case: Case) -> None:
             async with slots:

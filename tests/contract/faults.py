@@ -6,8 +6,9 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from relay.bridge import code_of
 from relay.call import Payload, Reply, Source, Wire
-from relay.dialect import TABLE, Answer, Hold, Status
+from relay.dialect import TABLE, Abort, Answer, Hold, Status
 from relay.fleet import Kind, Method
 from relay.refusal import NodeGone, Reason, Refusal
 from relay.wires.http_request import CONTENT_TYPE
@@ -43,7 +44,7 @@ class Cell(NamedTuple):
 
 def name_of(answer: Answer) -> str:
     """Return the answer's name in `outcomes.json` and in the documentation."""
-    return str(answer.code) if isinstance(answer, Status) else type(answer).__name__.lower()
+    return str(answer.code) if isinstance(answer, Status | Abort) else type(answer).__name__.lower()
 
 
 def cells(wire: Wire) -> list[Cell]:
@@ -60,12 +61,13 @@ def cells(wire: Wire) -> list[Cell]:
 def faults(wire: Wire) -> dict[Case, Fault]:
     """Return all that nodes of a wire are told: the cells of the dialect, and CONTROLS."""
     made: dict[Case, Fault] = {}
+    controls = GRPC_CONTROLS if wire.grpc else CONTROLS
     for method in Method:
         if method.kind is not Kind.LEAVE:  # a node that leaves asks once and hardly listens
-            made.update({Case(method, name): fault for name, fault in CONTROLS.items()})
+            made.update({Case(method, name): fault for name, fault in controls.items()})
     for name in ("cut", "other type"):
         # A node that sends two objects at a time has sent both or one of them when it gives up: chance.
-        del made[Case(Method.PUSH_OBJECT, name)]
+        made.pop(Case(Method.PUSH_OBJECT, name), None)
     for cell in cells(wire):
         made[cell.case] = partial(_refuse, cell.answer, cell.reasons[0])
     return made
@@ -127,4 +129,11 @@ CONTROLS: dict[str, Fault] = {
     "other type": _other_type,
     "cut": _cut,
     "drop": _drop,
+}
+
+#: The same for gRPC: statuses by their names. The wire translates HTTP's.
+GRPC_CONTROLS: dict[str, Fault] = {
+    **{code_of(code): partial(_status, code) for code in (400, 403, 404, 409, 412, 418, 429, 500, 501, 503)},
+    "empty": CONTROLS["empty"],
+    "garbage": CONTROLS["garbage"],
 }

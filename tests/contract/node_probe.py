@@ -14,7 +14,8 @@ Commands come as lines of JSON on stdin, events leave the same way on stdout:
                                                          as a process that does nothing)
     {"node": name, "exit": 0}                            its process ended: exit code, or minus a signal
 
-The nodes are killed when stdin ends. Usage: FLWR_HOME=... node_probe.py <directory for logs>
+The nodes are killed when stdin ends. Usage: FLWR_HOME=... node_probe.py <directory for logs> [<transport>]
+The transport is Flower's name of it, for a release that has several.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import flwr
 from flwr.app import Message, RecordDict
 from flwr.supercore.exit import exit as exit_module
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree, no_object_id_recompute
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode import start_client_internal as internal
 from flwr.supernode.nodestate import NodeStateFactory
@@ -205,23 +206,23 @@ def _run(node: Node) -> None:
     # A node that exits has five seconds for its last calls. These are real calls, so it keeps them.
     exit_module.FORCE_EXIT_TIMEOUT_SECONDS *= SPEED
     start = internal.start_client_internal
-    common = {"node_config": {}, "insecure": True, "isolation": "process"}
-    if "transport" in inspect.signature(start).parameters:  # flwr < 1.40, gRPC or REST
+    known = inspect.signature(start).parameters
+    arguments = {
+        "node_config": {},
+        "insecure": True,
+        "isolation": "process",
+        "server_address": node.superlink,
+    }
+    if "transport" in known:  # flwr < 1.40
+        transport = arguments["transport"] = sys.argv[2]
+        if transport == "rest":
+            arguments["server_address"] = f"http://{node.superlink}"
+    if "state_factory" in known:
+        start(**arguments, state_factory=states, runtime_api_address="127.0.0.1:0")
+    else:
         internal.ObjectStoreFactory = lambda: objects
         internal.NodeStateFactory = lambda objectstore_factory: states
-        start(
-            **common,
-            server_address=f"http://{node.superlink}",
-            transport="rest",
-            clientappio_api_address="127.0.0.1:0",
-        )
-    else:
-        start(
-            **common,
-            server_address=node.superlink,
-            state_factory=states,
-            runtime_api_address="127.0.0.1:0",
-        )
+        start(**arguments, clientappio_api_address="127.0.0.1:0")
 
 
 def _lock_receiving() -> threading.Lock:
@@ -267,8 +268,25 @@ def _clientapp(state: Any, store: Any, receiving: threading.Lock, sleep: Callabl
             waiting.remove(message)
             state.record_message_processing_start(message_id)
             state.record_message_processing_end(message_id)
-            internal._insert_message(Message(RecordDict(), reply_to=message), state, store)
+            _reply(Message(RecordDict(), reply_to=message), state, store)
         sleep(0.2 / SPEED)
+
+
+class _Kept(NamedTuple):
+    """Stands for a node's state, and keeps what is to be stored in it."""
+
+    messages: list[Any]
+
+    def store_message(self, message: Any) -> None:
+        self.messages.append(message)
+
+
+def _reply(reply: Any, state: Any, store: Any) -> None:
+    """Insert a reply, its objects first: Flower's own order would let the main loop find it without them."""
+    kept = _Kept([])
+    internal._insert_message(reply, kept, store)
+    with no_object_id_recompute():
+        state.store_message(kept.messages[0])
 
 
 def _main() -> None:

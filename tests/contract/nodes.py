@@ -78,10 +78,10 @@ class Nodes:
         version: the release, as it calls itself.
     """
 
-    def __init__(self, python: Path, probe: Path, directory: Path) -> None:
+    def __init__(self, python: Path, probe: Path, directory: Path, transport: str) -> None:
         """Drive nodes with this Python and `node_probe.py`. Their logs go to `directory`."""
         self.version = ""
-        self._command_line = (str(python), str(probe), str(directory))
+        self._command_line = (str(python), str(probe), str(directory), transport)
         self._directory = directory
         self._listeners: dict[str, Callable[[dict[str, Any]], None]] = {}
         self._process: asyncio.subprocess.Process | None = None

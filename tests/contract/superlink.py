@@ -27,7 +27,10 @@ from google.protobuf.message_factory import GetMessageClass
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Kind, Method, peek
 from relay.limits import Limits, bodies
+from relay.quota import Quota
 from relay.wires.forwarded import Forwarding
+from relay.wires.grpc_fleet import GrpcFront
+from relay.wires.grpc_server import GrpcServer
 from relay.wires.http import Front, Route
 from relay.wires.http_request import CONTENT_TYPE, Receiver
 from relay.wires.http_server import NodeServer
@@ -158,7 +161,7 @@ class SuperLink:
         data = await call.payload.read(1 << 20)
         # A node whose activation was answered with no bytes takes itself for node 0.
         stranger = method.kind is not Kind.JOIN and peek(method, data).node_id != NODE_ID
-        if stranger and method.kind is not Kind.HEARTBEAT and self.wire is Wire.HTTP_V1:
+        if stranger and method.kind is not Kind.HEARTBEAT and self.wire is not Wire.REST_V0:
             return http(401, b"text/plain", b"not this node's key")
         service = DESCRIPTOR.services_by_name["Fleet"]
         response = GetMessageClass(service.methods_by_name[method.rpc].output_type)()
@@ -220,6 +223,10 @@ def http(status: int, content_type: bytes, body: bytes) -> Reply:
 @asynccontextmanager
 async def relay(superlink: SuperLink) -> AsyncIterator[str]:
     """Serve nodes of the SuperLink's wire on a loopback port; give the address."""
+    if superlink.wire.grpc:
+        async with _grpc_relay(superlink) as address:
+            yield address
+        return
     spec = _SPECS[superlink.wire]
     routes = {
         spec.prefix + method.path: Route(spec, method, partial(superlink.handle, method)) for method in Method
@@ -234,3 +241,22 @@ async def relay(superlink: SuperLink) -> AsyncIterator[str]:
     finally:
         listener.close()
         await server.shutdown(0.0)
+
+
+@asynccontextmanager
+async def _grpc_relay(superlink: SuperLink) -> AsyncIterator[str]:
+    handlers = {(superlink.wire, method): partial(superlink.handle, method) for method in Method}
+    front = GrpcFront(
+        handlers,
+        Forwarding(()),
+        Quota(1 << 30),
+        bodies=dict.fromkeys(Method, 1 << 20),
+        tls=False,
+        on_stray=lambda _: None,
+    )
+    server = GrpcServer(front, "127.0.0.1:0", max_body=1 << 20, keepalive=75.0)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        await server.drain(0.0)

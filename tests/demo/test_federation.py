@@ -29,8 +29,9 @@ def replace(directory: Path, name: str, script: str) -> None:
     (directory / name).chmod(0o755)
 
 
-@pytest.mark.parametrize("wire", Wire)
-def test_the_relay_accepts_its_settings(fake_bin: Path, wire: Wire) -> None:
+@pytest.mark.parametrize("wire", settings.CARRIES)
+def test_the_relay_accepts_its_settings(fake_bin: Path, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "shares_port", lambda _: True)
     with Federation(fake_bin, wire=wire, workers=3, relay_config={"log": {"level": "debug"}}) as federation:
         loaded = settings.load(federation.directory / "relay.yaml", {})
         assert federation.relay is not None

@@ -33,6 +33,37 @@ def test_superlink_rest_v0_has_three() -> None:
     ]
 
 
+def test_superlink_grpc_has_three_ports_or_two() -> None:
+    assert flower.superlink_argv(Wire.GRPC, BIN, Ports(9092, 9093, 9091))[3:] == [
+        *("--fleet-api-type", "grpc-rere"),
+        *("--fleet-api-address", "127.0.0.1:9092"),
+        *("--control-api-address", "127.0.0.1:9093"),
+        *("--serverappio-api-address", "127.0.0.1:9091"),
+    ]
+    assert flower.superlink_argv(Wire.GRPC, BIN, Ports(9092, 8000, 8000))[3:] == [
+        *("--fleet-api-type", "grpc-rere"),
+        *("--fleet-api-address", "127.0.0.1:9092"),
+        *("--host", "127.0.0.1"),
+        *("--port", "8000"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wire", "option"), [(Wire.GRPC, "--grpc-rere"), (Wire.GRPC_ADAPTER, "--grpc-adapter")]
+)
+@pytest.mark.parametrize(
+    ("release", "own"),
+    [
+        ("1.32.1", ["--clientappio-api-address", "127.0.0.1:9094"]),
+        ("1.39.0", ["--host", "127.0.0.1", "--port", "9094"]),
+    ],
+)
+def test_supernode_grpc(tmp_path: Path, wire: Wire, option: str, release: str, own: list[str]) -> None:
+    flwr_bin = script(tmp_path, f"echo Flower version: {release}")
+    argv = flower.supernode_argv(wire, flwr_bin, 8080, 9094, {})
+    assert argv[4:] == [option, "--superlink", "127.0.0.1:8080", *own]
+
+
 def test_supernode() -> None:
     config: flower.RunConfig = {"partition-id": 1, "num-partitions": 2, "name": "a b"}
     http = flower.supernode_argv(Wire.HTTP_V1, BIN, 8080, 9094, config)
@@ -96,20 +127,22 @@ def test_run_config_is_toml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("release", "http", "rest"),
+    ("release", "http", "rest", "grpc"),
     [
-        ((1, 22, 0), False, False),
-        ((1, 23, 0), False, True),
-        ((1, 32, 1), False, True),
-        ((1, 33, 0), False, False),
-        ((1, 39, 0), False, False),
-        ((1, 40, 0), True, False),
-        ((1, 42, 0), True, False),
+        ((1, 22, 0), False, False, False),
+        ((1, 23, 0), False, True, True),
+        ((1, 32, 1), False, True, True),
+        ((1, 33, 0), False, False, True),
+        ((1, 39, 0), False, False, True),
+        ((1, 40, 0), True, False, False),
+        ((1, 42, 0), True, False, False),
     ],
 )
-def test_who_speaks_what(release: flower.Version, http: bool, rest: bool) -> None:
+def test_who_speaks_what(release: flower.Version, http: bool, rest: bool, grpc: bool) -> None:
     assert flower.speaks(release, Wire.HTTP_V1) is http
     assert flower.speaks(release, Wire.REST_V0) is rest
+    assert flower.speaks(release, Wire.GRPC) is grpc
+    assert flower.speaks(release, Wire.GRPC_ADAPTER) is grpc
 
 
 def test_version_of_this_python() -> None:

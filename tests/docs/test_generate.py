@@ -40,7 +40,7 @@ def test_a_row_says_type_and_default(generate: ModuleType) -> None:
     assert "| `url` | URL | `http://127.0.0.1:8000` | `RELAY_UPSTREAM__URL` | Where" in page
     assert "| `keepalive` | duration | `75s` | `RELAY_LISTENERS__0__KEEPALIVE` | Idle" in page
     assert "| `max_body` | size | `4GiB` | `RELAY_LIMITS__MAX_BODY` | Largest" in page
-    assert "| `wire` | `http_v1` or `rest_v0` | `http_v1` | `RELAY_UPSTREAM__WIRE` | Wire" in page
+    assert "| `wire` | `http_v1`, `rest_v0` or `grpc` | `http_v1` | `RELAY_UPSTREAM__WIRE` | Wire" in page
     assert "| `format` | `json`, `console`, `auto` | `auto` | `RELAY_LOG__FORMAT` | `json` is" in page
     assert "| usable cores, at most 4 | `RELAY_WORKERS` |" in page
     assert "| `key` | path | required | `RELAY_LISTENERS__0__TLS__KEY` | PEM" in page

@@ -7,10 +7,9 @@ import pytest
 
 from drills import releases
 from drills.catalogue import DRILLS
-from drills.matrix import Configuration, Edge
+from drills.matrix import WIRES, Configuration, Edge
 from drills.releases import ReleaseError
 from drills.runner import Result, Runner
-from relay.call import Wire
 
 # Two federations side by side take about three minutes; a loaded machine may take twice that.
 pytestmark = [pytest.mark.e2e, pytest.mark.drill, pytest.mark.timeout(900)]
@@ -34,7 +33,7 @@ def commands(configuration: Configuration) -> Path:
     scope="module",
     params=[
         pytest.param(wire, id=wire.value, marks=pytest.mark.xdist_group(f"drills-{wire.value}"))
-        for wire in Wire
+        for wire in WIRES
     ],
 )
 def results(request: pytest.FixtureRequest) -> list[Result]:

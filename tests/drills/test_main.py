@@ -8,9 +8,8 @@ from drills import __main__ as command_line
 from drills import nginx
 from drills.__main__ import chosen_configurations, chosen_drills, main
 from drills.catalogue import DRILLS, QUICK
-from drills.matrix import Configuration
+from drills.matrix import WIRES, Configuration
 from drills.runner import Result
-from relay.call import Wire
 
 
 def test_all_drills_or_some() -> None:
@@ -85,4 +84,4 @@ def test_exit_codes(
     arguments = ["slow-reader", "--tls", "off", "--edge", "direct", "--json", str(report)]
     assert main(arguments) == code
     results = json.loads(report.read_text())["results"]
-    assert [result["wire"] for result in results] == [wire.value for wire in Wire]
+    assert [result["wire"] for result in results] == [wire.value for wire in WIRES]

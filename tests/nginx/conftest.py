@@ -18,7 +18,7 @@ from tests.nginx.edge import PATIENCE, Certificates, Edge, replace, shipped, wai
 from tests.relay_process import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
     from pathlib import Path
 
 
@@ -61,11 +61,15 @@ def launch(
     http: str = "",
     workers: int = 2,
     connections: int = 512,
+    grpc: Sequence[int] = (),
+    grpc_server: str = "",
 ) -> Edge:
     """Start nginx in an empty folder, and wait until it serves; the arguments are those of `start_edge`."""
     config = shipped(folder, certificates)
-    ports = free_port(), free_port(), free_port()
+    ports = [free_port() for _ in range(5)]
     _edit(config.parent / "site", relays, ports, server, http)
+    if grpc:
+        _edit_grpc(config.parent / "site", grpc, ports[3:], grpc_server)
     replace(
         config.parent / "site" / "host.conf",
         ("worker_processes auto;", f"worker_processes {workers};"),
@@ -89,13 +93,20 @@ async def start_edge(
 ) -> AsyncIterator[Callable[..., Edge]]:
     """A function that starts nginx in front of the relays on these ports.
 
-    Its further arguments: lines for site/server.d and site/http.d, workers, and connections of a worker.
+    Its further arguments: lines for site/server.d and site/http.d, workers, connections of a worker, and the
+    ports of gRPC relays and lines for site/grpc/server.d.
     """
     edges: list[Edge] = []
     with ExitStack() as stack:
 
         def start(
-            *relays: int, server: str = "", http: str = "", workers: int = 2, connections: int = 512
+            *relays: int,
+            server: str = "",
+            http: str = "",
+            workers: int = 2,
+            connections: int = 512,
+            grpc: tuple[int, ...] = (),
+            grpc_server: str = "",
         ) -> Edge:
             folder = tmp_path / f"edge-{free_port()}"
             folder.mkdir()
@@ -108,6 +119,8 @@ async def start_edge(
                 http=http,
                 workers=workers,
                 connections=connections,
+                grpc=grpc,
+                grpc_server=grpc_server,
             )
             stack.callback(edge.stop)
             edges.append(edge)
@@ -119,9 +132,19 @@ async def start_edge(
         await asyncio.sleep(0)
 
 
-def _edit(site: Path, relays: Iterable[int], ports: tuple[int, int, int], server: str, http: str) -> None:
+def _edit_grpc(site: Path, relays: Iterable[int], ports: Iterable[int], server: str) -> None:
+    replace(site / "http.d" / "grpc.conf", ("# include grpc.conf;", "include grpc.conf;"))
+    plain, tls = ports
+    listen = "listen 127.0.0.1:{} {}http2 default_server reuseport backlog=1024;\n"
+    (site / "grpc" / "listen.conf").write_text(listen.format(plain, "") + listen.format(tls, "ssl "))
+    lines = [f"server 127.0.0.1:{port} max_fails=0;\n" for port in relays]
+    (site / "grpc" / "relays.conf").write_text("".join(lines))
+    (site / "grpc" / "server.d" / "test.conf").write_text(server)
+
+
+def _edit(site: Path, relays: Iterable[int], ports: Iterable[int], server: str, http: str) -> None:
     """Do what an operator does: say where to listen, and where the relays are."""
-    plain, tls, status = ports
+    plain, tls, status, *_ = ports
     listen = "listen 127.0.0.1:{} {}default_server reuseport backlog=1024;\n"
     (site / "listen.conf").write_text(listen.format(plain, "") + listen.format(tls, "ssl "))
     lines = [f"server 127.0.0.1:{port} max_fails=0;\n" for port in relays]

@@ -31,7 +31,7 @@ PATIENCE = 20.0
 SPOOLS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 PREFIX = {Wire.HTTP_V1: "/v1/fleet/", Wire.REST_V0: "/api/v0/fleet/"}
 #: Every path that a node may call; None is a method that the relay does not know.
-CALLS: list[tuple[Wire, Method | None]] = [(wire, method) for wire in Wire for method in (*Method, None)]
+CALLS: list[tuple[Wire, Method | None]] = [(wire, method) for wire in PREFIX for method in (*Method, None)]
 PULL = "/v1/fleet/pull-messages"
 PUSH = "/v1/fleet/push-object"
 
@@ -207,6 +207,7 @@ class Edge:
         port: of its plain listener.
         tls_port: of the other one.
         status_port: of site/status.conf.
+        grpc_port, grpc_tls_port: of the listeners of grpc.conf, if it is used.
         peers: all connections that were made to it.
     """
 
@@ -216,6 +217,8 @@ class Edge:
     port: int
     tls_port: int
     status_port: int
+    grpc_port: int = 0
+    grpc_tls_port: int = 0
     peers: list[Peer] = field(default_factory=list)
 
     async def connect(self) -> Peer:

@@ -59,6 +59,8 @@ def wanted(reason: Reason, wire: Wire, method: Method | None) -> Answer:
             return GIVE_UP
         case dialect.Drop():
             return CLOSED
+        case dialect.Abort():
+            pytest.fail("no HTTP wire is answered so")
         case never:
             assert_never(never)
 

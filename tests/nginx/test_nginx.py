@@ -48,15 +48,21 @@ def test_shipped_configuration(
     config = shipped(tmp_path, certificates)
     site = config.parent / "site"
     if options:
-        lines = "listen [0-9]|server |set_real_ip_from|real_ip_header|limit_"
+        lines = "listen [0-9]|server |set_real_ip_from|real_ip_header|limit_|include grpc"
+        if version >= (1, 25, 1):
+            lines += "|http2 on"
+            replace(site / "grpc" / "listen.conf", (" http2 default", " default"))
         if version >= (1, 27, 4):
             lines += "|keepalive_min_timeout"
         for file in config.parent.rglob("*.conf"):
             file.write_text(re.sub(f"^( *)# ({lines})", r"\1\2", file.read_text(), flags=re.MULTILINE))
     # `nginx -t` binds what it would listen on.
-    listen = (site / "listen.conf").read_text()
-    listen = re.sub(r"^listen \d+", lambda _: f"listen 127.0.0.1:{free_port()}", listen, flags=re.MULTILINE)
-    (site / "listen.conf").write_text(listen)
+    for file in (site / "listen.conf", site / "grpc" / "listen.conf"):
+        listen = file.read_text()
+        listen = re.sub(
+            r"^listen \d+", lambda _: f"listen 127.0.0.1:{free_port()}", listen, flags=re.MULTILINE
+        )
+        file.write_text(listen)
     replace(site / "status.conf", (":8081", f":{free_port()}"))
     command = [nginx, "-t", "-p", str(tmp_path), "-e", str(tmp_path / "start.log"), "-c", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -189,7 +195,7 @@ async def test_answer_of_the_relay(start_edge: StartEdge, status: int) -> None:
     )
     async with play(answers(told)) as relay:
         edge = start_edge(relay.port)
-        for wire in Wire:
+        for wire in (Wire.HTTP_V1, Wire.REST_V0):
             peer = await edge.connect()
             peer.send(request(path_of(wire, Method.PULL_MESSAGES)))
             message = await peer.message()

@@ -10,6 +10,7 @@ import pytest
 from relay import policies
 from relay.call import View
 from relay.policies import (
+    BRIDGES,
     GUARDS,
     OBSERVERS,
     ORDER,
@@ -20,6 +21,9 @@ from relay.policies import (
     Maintenance,
     Metrics,
     Quarantine,
+    Repair,
+    Retry,
+    Signing,
     Validate,
 )
 
@@ -51,6 +55,11 @@ def test_quarantine_knows_who_calls_and_that_the_bytes_are_sound() -> None:
 
 def test_only_what_the_superlink_itself_answered_is_taken_for_accepted() -> None:
     assert ORDER[-1] is Accepted
+
+
+def test_what_signs_stands_behind_all_that_may_ask_a_superlink() -> None:
+    assert (Signing,) == BRIDGES
+    assert ORDER.index(Signing) > max(ORDER.index(Repair), ORDER.index(Retry))
 
 
 def test_every_policy_stands_in_the_order_once() -> None:

@@ -23,7 +23,6 @@ from relay.stores.kept import PIECE
 from relay.stores.kept_hosts import PATIENCE, KeptOnHosts
 from relay.stores.kept_redis import PREFIX, KeptRedis
 from relay.stores.records import HostRecords
-from relay.stores.redis_link import OFF
 from tests.policies.test_redelivery import (
     BYTES,
     MAX_SIZE,

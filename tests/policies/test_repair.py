@@ -23,7 +23,7 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 from prometheus_client import REGISTRY
 
-from relay.call import Call, Payload, Reply, Source
+from relay.call import Call, Identity, Payload, Reply, Source
 from relay.fleet import Method
 from relay.policies.repair import Repair
 from relay.refusal import Reason, Refusal
@@ -195,11 +195,12 @@ async def test_not_stored_is_stored_when_the_object_can_be_pulled(
     repaired = ("relay_repairs_total", {"method": "PushObject"})
     before = REGISTRY.get_sample_value(*repaired) or 0.0
     call = make_call(Method.PUSH_OBJECT, PUSH, metadata=[(b"flwr-signature", b"proof")])
+    call.identity = Identity("alice")
     assert stored(await repair.handle(call, superlink))
     assert REGISTRY.get_sample_value(*repaired) == before + 1
     question = superlink.asked[1]
     assert question.method is Method.PULL_OBJECT
-    assert question.metadata == call.metadata
+    assert (question.metadata, question.identity) == (call.metadata, call.identity)
     asked = PullObjectRequest.FromString(question.payload.data or b"")
     assert asked == PullObjectRequest(node=Node(node_id=7), run_id=9, object_id="ab" * 32)
 

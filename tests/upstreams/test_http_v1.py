@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from relay.call import Wire
 from relay.fleet import Method
 from relay.refusal import Reason, Refusal
 from relay.upstreams import http_v1
@@ -80,3 +81,63 @@ async def test_a_status_that_would_only_harm_the_node_does_not_reach_it(
     assert caught.value.reason is reason
     assert caught.value.status == int(status[:3])
     await serving
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "reason"),
+    [
+        (Method.PULL_MESSAGES, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+        (Method.PULL_OBJECT, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
+        (Method.PUSH_OBJECT, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
+        (Method.UNREGISTER_NODE, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+    ],
+)
+async def test_a_legacy_node_gets_no_status_that_only_newer_ones_understand(
+    make_pool: Callable[..., Pool],
+    upstream: Listener,
+    make_call: Callable[..., Call],
+    method: Method,
+    status: bytes,
+    reason: Reason,
+) -> None:
+    handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    serving = asyncio.ensure_future(upstream.serve(response(b"x", status=status)))
+    with pytest.raises(Refusal) as caught:
+        await handler(make_call(method, wire=Wire.REST_V0))
+    assert (caught.value.reason, caught.value.status) == (reason, int(status[:3]))
+    await serving
+
+
+@pytest.mark.parametrize(
+    ("method", "status"), [(Method.REGISTER_NODE, b"412 Precondition Failed"), (Method.GET_RUN, b"401 No")]
+)
+async def test_what_policies_have_to_see_of_a_legacy_nodes_answer_is_a_reply(
+    make_pool: Callable[..., Pool],
+    upstream: Listener,
+    make_call: Callable[..., Call],
+    method: Method,
+    status: bytes,
+) -> None:
+    handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    serving = asyncio.ensure_future(upstream.serve(response(b"x", status=status)))
+    assert (await handler(make_call(method, wire=Wire.REST_V0))).status == int(status[:3])
+    await serving
+
+
+async def test_an_object_is_awaited_whole_for_a_legacy_node_alone(
+    make_pool: Callable[..., Pool], upstream: Listener, make_call: Callable[..., Call]
+) -> None:
+    handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    for wire in (Wire.HTTP_V1, Wire.REST_V0):
+        task = asyncio.ensure_future(handler(make_call(Method.PULL_OBJECT, b"ask", wire=wire)))
+        peer = await upstream.accept()
+        await peer.message()
+        peer.send(response(b"\x08\x01" + b"x" * 1000, size=5 * 1024 * 1024))
+        if wire is Wire.HTTP_V1:
+            (await task).payload.close()
+            continue
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        await peer.close()
+        with pytest.raises(Refusal):
+            await task

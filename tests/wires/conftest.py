@@ -153,7 +153,7 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
     async def serve(
         handler: Handler = echo,
         *,
-        wires: tuple[Wire, ...] = tuple(Wire),
+        wires: tuple[Wire, ...] = tuple(SPECS),
         max_body: int = 1 << 24,
         idle_timeout: float = PATIENCE,
         keepalive: float = 75.0,

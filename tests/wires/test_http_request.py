@@ -36,7 +36,7 @@ async def call_of(serve: Serve, data: bytes, **settings: object) -> Call:
 
 
 @pytest.mark.parametrize("method", list(Method))
-@pytest.mark.parametrize("wire", list(Wire))
+@pytest.mark.parametrize("wire", list(SPECS))
 async def test_each_method_of_each_wire_has_its_path(serve: Serve, wire: Wire, method: Method) -> None:
     call = await call_of(serve, request(b"abc", wire=wire, method=method))
     assert (call.wire, call.method) == (wire, method)
@@ -376,7 +376,7 @@ async def test_what_a_handler_does_not_read_does_not_reach_the_next_call(serve: 
 
 
 @pytest.mark.parametrize("method", list(Method))
-@pytest.mark.parametrize("wire", list(Wire))
+@pytest.mark.parametrize("wire", list(SPECS))
 async def test_a_deadline_comes_a_little_before_the_node_gives_up(
     serve: Serve, wire: Wire, method: Method
 ) -> None:

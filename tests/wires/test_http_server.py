@@ -19,7 +19,7 @@ from relay.refusal import Reason, Refusal
 from relay.wires.http_request import WHOLE
 from relay.worker import drain
 from tests.sockets import PATIENCE, CutError, response, until
-from tests.wires.conftest import CHUNKED, check_rendering, echo, in_chunks, path_of, request
+from tests.wires.conftest import CHUNKED, SPECS, check_rendering, echo, in_chunks, path_of, request
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -709,7 +709,7 @@ async def test_a_stray_upload_is_answered_although_nobody_reads_it(serve: Serve)
 
 
 @pytest.mark.parametrize("method", [*Method, None])
-@pytest.mark.parametrize("wire", list(Wire))
+@pytest.mark.parametrize("wire", list(SPECS))
 async def test_a_fleet_call_of_an_unknown_version_or_name_is_answered_as_the_dialect_says(
     serve: Serve, wire: Wire, method: Method | None
 ) -> None:

@@ -1,0 +1,80 @@
+"""Nodes and SuperLinks of other generations meet at the relay, and a run ends as it would without one.
+
+Each run has the same seed as one of flwr 1.42 alone, without a relay, and must leave the same arrays.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from relay.call import Wire
+from relay.demo import metrics
+from relay.demo.federation import Federation, Generation, RunResult
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("bridging")]
+
+NODES = 2
+ROUNDS = 3
+RUN_CONFIG = {"num-server-rounds": ROUNDS, "seed": 7, "array-size": 6_000_000}
+V42, V39, V32 = "flwr==1.42.0", "flwr==1.39.0", "flwr[rest]==1.32.1"
+
+
+class Meeting(NamedTuple):
+    """A SuperLink and its nodes: what each is, and what it speaks."""
+
+    superlink: str
+    spoken: Wire
+    node: str
+    wire: Wire
+
+
+MEETINGS = [
+    Meeting(V39, Wire.GRPC, V39, Wire.GRPC),
+    Meeting(V42, Wire.HTTP_V1, V39, Wire.GRPC),
+    Meeting(V39, Wire.GRPC, V42, Wire.HTTP_V1),
+    Meeting(V42, Wire.HTTP_V1, V32, Wire.GRPC),
+    Meeting(V42, Wire.HTTP_V1, V39, Wire.GRPC_ADAPTER),
+]
+
+
+@pytest.fixture(scope="module")
+def direct(flower: Callable[[str], Path]) -> RunResult:
+    with Federation(flower(V42), nodes=NODES, relayed=False) as federation:
+        federation.up()
+        return federation.run(RUN_CONFIG)
+
+
+@pytest.mark.parametrize(
+    "meeting",
+    MEETINGS,
+    ids=lambda meeting: f"{meeting.wire.value} {meeting.node} to {meeting.spoken.value} {meeting.superlink}",
+)
+def test_a_run_ends_as_it_would_without_a_relay(
+    flower: Callable[[str], Path],
+    direct: RunResult,
+    leftovers: Callable[[], list[str]],
+    meeting: Meeting,
+) -> None:
+    nodes = [Generation(flower(meeting.node), meeting.wire)] * NODES
+    with Federation(
+        flower(meeting.superlink), wire=meeting.spoken, nodes=nodes, relay_config={"log": {"level": "debug"}}
+    ) as federation:
+        federation.up()
+        result = federation.run(RUN_CONFIG)
+        federation.stop_supernodes()
+        text = federation.relay_metrics()
+        federation.down()
+        assert federation.relay is not None
+        log = [json.loads(line) for line in federation.relay.output().splitlines()]
+    assert [done.number for done in result.rounds] == list(range(1, ROUNDS + 1))
+    assert result.arrays == direct.arrays
+    assert [node.returncode for node in federation.supernodes] == [0] * NODES
+    assert text is not None
+    calls = metrics.parse(text)
+    assert {method: counted.failed for method, counted in calls.items() if counted.failed} == {}
+    assert calls["ConfirmMessageReceived"].total == NODES * ROUNDS * 2
+    assert f'wire="{meeting.wire.value}"' in text
+    assert [line for line in log if line["level"] in {"warning", "error", "critical"}] == []

@@ -1,0 +1,544 @@
+"""A node's gRPC call becomes a Call, and what comes of it a status that its node survives."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import math
+import re
+import time
+from base64 import b64encode
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from relay import dialect
+from relay.call import Payload, Reply, Source, Wire
+from relay.fleet import Kind, Method
+from relay.quota import GUESS, Quota
+from relay.refusal import Reason, Refusal
+from relay.wires import grpc_adapter
+from relay.wires.forwarded import Forwarding
+from relay.wires.grpc_fleet import GrpcFront, _address
+from relay.wires.grpc_server import GrpcServer
+from tests.grpc_ends import GrpcNode
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from relay.call import Call, Ending
+    from relay.pipeline import Handler
+
+pytestmark = pytest.mark.timeout(60)
+
+REQUEST = b"\x0a\x02\x08\x07"
+
+
+class Ended(NamedTuple):
+    call: Call
+    ending: Ending
+
+
+class Served:
+    """A front that runs, and a node before it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.ended: list[Ended] = []
+        self.strays: list[str] = []
+        self.front: GrpcFront
+        self.server: GrpcServer
+        self.node: GrpcNode
+        self.held: Quota
+
+    async def ending(self, count: int = 1) -> Ending:
+        """Return the last of `count` endings."""
+        async with asyncio.timeout(20):
+            while len(self.ended) < count:
+                await asyncio.sleep(0.01)
+        assert len(self.ended) == count
+        return self.ended[-1].ending
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
+    async with AsyncExitStack() as stack:
+
+        async def serve(
+            handler: Handler,
+            *,
+            wires: tuple[Wire, ...] = (Wire.GRPC, Wire.GRPC_ADAPTER),
+            max_body: int = 1 << 20,
+            held: int = 1 << 30,
+            trusted: str | None = None,
+        ) -> Served:
+            served = Served()
+
+            async def handle(call: Call) -> Reply:
+                served.calls.append(call)
+                call.on_end(lambda call, ending: served.ended.append(Ended(call, ending)))
+                if call.fault is not None:
+                    raise call.fault
+                return await handler(call)
+
+            served.held = Quota(held)
+            served.front = GrpcFront(
+                {(wire, method): handle for wire in wires for method in Method},
+                Forwarding([ipaddress.ip_network(trusted)] if trusted else []),
+                served.held,
+                bodies=dict.fromkeys(Method, max_body),
+                tls=False,
+                on_stray=served.strays.append,
+            )
+            served.server = GrpcServer(served.front, "127.0.0.1:0", max_body=max_body, keepalive=75.0)
+            await served.server.start()
+            stack.push_async_callback(served.server.drain, 0.0)
+            served.node = await stack.enter_async_context(GrpcNode(served.server.port))
+            return served
+
+        yield serve
+
+
+async def echo(call: Call) -> Reply:
+    return Reply(Payload(await call.payload.read(1 << 30)), Source.UPSTREAM)
+
+
+# -- the call -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", list(Method))
+async def test_bytes_pass_as_they_are_for_each_method(
+    serve: Callable[..., Awaitable[Served]], method: Method
+) -> None:
+    served = await serve(echo)
+    data = b"\xff\x00no message" + REQUEST
+    answered = await served.node.ask(method, data)
+    assert (answered.code, answered.data) == ("OK", data)
+    ending = await served.ending()
+    call = served.calls[0]
+    assert (call.method, call.wire) == (method, Wire.GRPC)
+    assert (ending.outcome, ending.source, ending.sent) == ("ok", Source.UPSTREAM, len(data))
+    assert call.payload.passed == len(data)
+    assert served.front.in_flight == served.held.held == 0
+
+
+async def test_a_call_knows_its_node_as_over_http(serve: Callable[..., Awaitable[Served]]) -> None:
+    served = await serve(echo)
+    metadata: list[tuple[str, str | bytes]] = [
+        ("flwr-public-key-bin", b"\x00key"),
+        ("flwr-timestamp", "2026-11-23T12:00:00+00:00"),
+        ("flwr-signature-bin", b"\xffsig"),
+        ("flwr-package-version", "1.39.0"),
+        ("x-forwarded-for", "203.0.113.9"),
+        ("content-length", "5"),
+    ]
+    await served.node.ask(Method.PULL_MESSAGES, REQUEST, metadata)
+    call = served.calls[0]
+    assert call.peer == "127.0.0.1"
+    headers = dict(call.metadata)
+    assert headers[b"flwr-public-key"] == b64encode(b"\x00key")
+    assert headers[b"flwr-signature"] == b64encode(b"\xffsig")
+    assert headers[b"flwr-timestamp"] == b"2026-11-23T12:00:00+00:00"
+    assert headers[b"flwr-package-version"] == b"1.39.0"
+    assert headers[b"content-type"] == headers[b"accept"] == b"application/protobuf"
+    assert headers[b"x-forwarded-for"] == b"127.0.0.1", "what a stranger says of its way is not believed"
+    assert b"for=127.0.0.1" in headers[b"forwarded"]
+    assert headers[b"x-request-id"].decode() == call.request_id
+    assert headers[b"via"] == b"2 flwr-relay"
+    assert b"content-length" not in headers
+    assert len(headers) == len(call.metadata), "no header twice"
+
+
+async def test_a_known_proxy_is_believed(serve: Callable[..., Awaitable[Served]]) -> None:
+    served = await serve(echo, trusted="127.0.0.0/8")
+    await served.node.ask(Method.PULL_MESSAGES, REQUEST, [("x-forwarded-for", "203.0.113.9")])
+    assert served.calls[0].peer == "203.0.113.9"
+    assert dict(served.calls[0].metadata)[b"x-forwarded-for"] == b"203.0.113.9, 127.0.0.1"
+
+
+@pytest.mark.parametrize(("given", "kept"), [("id-1", True), ("a b", False), ("x" * 129, False)])
+async def test_a_request_id_is_kept_if_it_is_sound_and_comes_back_with_a_failure(
+    serve: Callable[..., Awaitable[Served]], given: str, kept: bool
+) -> None:
+    async def refuse(call: Call) -> Reply:
+        raise Refusal(Reason.OVERLOADED)
+
+    served = await serve(refuse)
+    answered = await served.node.ask(Method.PULL_MESSAGES, REQUEST, [("x-request-id", given)])
+    assert answered.trailing["x-request-id"] == served.calls[0].request_id
+    assert (served.calls[0].request_id == given) is kept
+    assert re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", served.calls[0].request_id)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "low", "high"),
+    [
+        (Method.SEND_NODE_HEARTBEAT, None, 4.0, 5.0),
+        (Method.SEND_NODE_HEARTBEAT, 2.0, 1.0, 2.0),
+        (Method.PULL_MESSAGES, None, 50.0, 60.0),
+        (Method.PULL_MESSAGES, 7.0, 6.0, 7.0),
+        (Method.PUSH_OBJECT, None, 160.0, 180.0),
+    ],
+)
+async def test_a_call_ends_before_its_node_gives_up(
+    serve: Callable[..., Awaitable[Served]], method: Method, given: float | None, low: float, high: float
+) -> None:
+    served = await serve(echo)
+    await served.node.ask(method, REQUEST, timeout=given)
+    assert low < served.calls[0].deadline - time.monotonic() < high
+    assert math.isfinite(served.calls[0].started)
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:192.0.2.7:4711", "192.0.2.7"),
+        ("ipv6:%5B2001:db8::7%5D:4711", "2001:db8::7"),
+        ("ipv6:[::1]:4711", "::1"),
+        ("unix:/run/x", ""),
+        ("", ""),
+    ],
+)
+def test_a_peer_is_an_address(peer: str, address: str) -> None:
+    assert _address(peer) == address
+
+
+# -- the answer -----------------------------------------------------------------------------------------
+
+
+async def test_metadata_of_the_answer_reaches_the_node_but_not_what_is_of_http(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    async def answer(call: Call) -> Reply:
+        metadata = [
+            (b"content-type", b"application/protobuf"),
+            (b"date", b"today"),
+            (b"Server", b"uvicorn"),
+            (b"flwr-version-incompatibility-message", b"update"),
+        ]
+        return Reply(Payload(b""), Source.UPSTREAM, metadata=metadata)
+
+    served = await serve(answer)
+    answered = await served.node.ask(Method.PULL_MESSAGES, REQUEST)
+    assert answered.trailing == {"flwr-version-incompatibility-message": "update"}
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(401, "UNAUTHENTICATED"), (403, "PERMISSION_DENIED"), (412, "FAILED_PRECONDITION"), (500, "INTERNAL")],
+)
+async def test_a_status_that_is_passed_on_keeps_its_meaning_and_its_text(
+    serve: Callable[..., Awaitable[Served]], status: int, code: str
+) -> None:
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(b'{"code":2004}'), Source.UPSTREAM, status=status)
+
+    served = await serve(answer)
+    answered = await served.node.ask(Method.ACTIVATE_NODE, REQUEST)
+    assert (answered.code, answered.details) == (code, '{"code":2004}')
+    assert (await served.ending()).outcome == f"upstream_{status}"
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+async def test_nothing_that_is_unavailable_speaks_of_a_handshake(
+    serve: Callable[..., Awaitable[Served]], status: int
+) -> None:
+    """flwr gives up on UNAVAILABLE with "handshake failed" in its details."""
+
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(b"Ssl handshake failed"), Source.UPSTREAM, status=status)
+
+    served = await serve(answer)
+    answered = await served.node.ask(Method.PULL_MESSAGES, REQUEST)
+    assert answered.code == "UNAVAILABLE"
+    assert "handshake" not in answered.details.lower()
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("reason", list(Reason))
+async def test_a_refusal_is_told_as_the_dialect_says(
+    serve: Callable[..., Awaitable[Served]], reason: Reason, method: Method
+) -> None:
+    async def refuse(call: Call) -> Reply:
+        raise Refusal(reason, "handshake failed, and a secret", by="test")
+
+    served = await serve(refuse)
+    for wire in (Wire.GRPC, Wire.GRPC_ADAPTER):
+        given = dialect.answer(wire, reason, method)
+        path = method.grpc if wire is Wire.GRPC else grpc_adapter.PATH
+        answered = await served.node.ask(path, REQUEST if wire is Wire.GRPC else contained(method))
+        if isinstance(given, dialect.Abort):
+            assert (answered.code, answered.details) == (given.code, reason.value)
+        else:
+            assert answered.code == "OK"
+            assert answered.data == (b"" if wire is Wire.GRPC else grpc_adapter.pack(method, b""))
+        assert answered.trailing["x-request-id"] == served.calls[-1].request_id
+    ending = await served.ending(2)
+    assert (ending.outcome, ending.source) == (reason.value, None)
+    assert ending.refusal is not None
+    assert served.front.in_flight == served.held.held == 0
+
+
+@pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.PUSH_OBJECT])
+async def test_a_bug_of_ours_is_survived(serve: Callable[..., Awaitable[Served]], method: Method) -> None:
+    async def fail(call: Call) -> Reply:
+        raise ZeroDivisionError
+
+    served = await serve(fail)
+    answered = await served.node.ask(method, REQUEST)
+    assert answered.code == {Kind.PULL: "OK", Kind.PUSH: "UNAVAILABLE"}[method.kind]
+    assert (await served.ending()).outcome == "internal"
+
+
+class Pieces:
+    def __init__(self, *pieces: bytes | Exception) -> None:
+        self.pieces = list(pieces)
+        self.closed = False
+
+    async def read(self) -> bytes:
+        piece = self.pieces.pop(0) if self.pieces else b""
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def test_an_answer_that_comes_in_pieces_is_put_together(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=Pieces(b"ab", b"cd"), size=4), Source.UPSTREAM)
+
+    served = await serve(answer)
+    assert (await served.node.ask(Method.PULL_OBJECT, REQUEST)).data == b"abcd"
+    assert (await served.ending()).sent == 4
+
+
+@pytest.mark.parametrize(
+    "body",
+    [Pieces(b"ab"), Pieces(b"ab", Refusal(Reason.UPSTREAM_DOWN, "broke off"))],
+    ids=["short", "broken"],
+)
+async def test_a_part_never_passes_for_the_whole(
+    serve: Callable[..., Awaitable[Served]], body: Pieces
+) -> None:
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=body, size=4), Source.UPSTREAM)
+
+    served = await serve(answer)
+    assert (await served.node.ask(Method.PULL_OBJECT, REQUEST)).code == "UNAVAILABLE"
+    assert body.closed or not body.pieces, "nobody would wait for the rest"
+    assert (await served.ending()).refusal is not None
+
+
+# -- nodes that go --------------------------------------------------------------------------------------
+
+
+async def test_a_node_that_leaves_ends_its_call(serve: Callable[..., Awaitable[Served]]) -> None:
+    came = asyncio.Event()
+
+    async def hang(call: Call) -> Reply:
+        came.set()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    served = await serve(hang)
+    call = served.node.call(Method.PULL_MESSAGES, REQUEST)
+    await came.wait()
+    call.cancel()
+    ending = await served.ending()
+    assert (ending.outcome, ending.lost) == ("node_gone", False)
+    assert served.front.in_flight == 0
+
+
+async def test_an_answer_that_was_there_when_its_node_left_is_lost(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    came, go = asyncio.Event(), asyncio.Event()
+
+    class Slow(Pieces):
+        async def read(self) -> bytes:
+            came.set()
+            await go.wait()
+            return b""
+
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=Slow(), size=4), Source.UPSTREAM)
+
+    served = await serve(answer)
+    call = served.node.call(Method.PULL_MESSAGES, REQUEST)
+    await came.wait()
+    call.cancel()
+    ending = await served.ending()
+    assert (ending.outcome, ending.lost, ending.sent) == ("node_gone", True, 0)
+
+
+async def test_a_node_whose_time_is_over_is_gone(serve: Callable[..., Awaitable[Served]]) -> None:
+    async def hang(call: Call) -> Reply:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    served = await serve(hang)
+    assert (
+        await served.node.ask(Method.SEND_NODE_HEARTBEAT, REQUEST, timeout=0.2)
+    ).code == "DEADLINE_EXCEEDED"
+    assert (await served.ending()).outcome == "node_gone"
+
+
+# -- what is no call ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["CreateNode", "PullTaskIns", "Nonsense", ""])
+async def test_an_unknown_fleet_method_is_survived_and_counted(
+    serve: Callable[..., Awaitable[Served]], name: str
+) -> None:
+    served = await serve(echo)
+    answered = await served.node.ask(f"/flwr.proto.Fleet/{name}", b"x" * 100_000)
+    assert (answered.code, answered.details) == ("UNAVAILABLE", "unsupported")
+    assert served.strays == ["unsupported"]
+    assert not served.calls
+
+
+async def test_a_wire_that_is_not_served_is_refused_by_its_dialect(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    served = await serve(echo, wires=(Wire.GRPC_ADAPTER,))
+    assert (await served.node.ask(Method.PULL_MESSAGES, REQUEST)).code == "OK"
+    assert (await served.node.ask(Method.GET_RUN, REQUEST)).code == "UNAVAILABLE"
+    assert served.strays == ["unsupported", "unsupported"]
+    assert not served.calls
+
+
+async def test_a_stray_client_is_told_the_truth(serve: Callable[..., Awaitable[Served]]) -> None:
+    served = await serve(echo)
+    assert (await served.node.ask("/flwr.proto.Control/StartRun", b"")).code == "UNIMPLEMENTED"
+    assert served.strays == ["unimplemented"]
+
+
+# -- sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [Method.PUSH_OBJECT, Method.PULL_MESSAGES])
+async def test_a_message_over_the_limit_is_refused_in_a_way_that_is_survived(
+    serve: Callable[..., Awaitable[Served]], method: Method
+) -> None:
+    served = await serve(echo, max_body=100_000)
+    assert (await served.node.ask(method, b"x" * 100_000)).code == "OK"
+    answered = await served.node.ask(method, b"x" * 100_001)
+    assert answered.code == ("PERMISSION_DENIED" if method is Method.PUSH_OBJECT else "OK")
+    ending = await served.ending(2)
+    assert ending.outcome == "too_large"
+
+
+async def test_a_message_that_grpc_itself_refuses_ends_the_call_and_gives_its_share_back(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    served = await serve(echo, max_body=100_000)
+    answered = await served.node.ask(Method.PUSH_OBJECT, b"x" * 200_001)
+    assert answered.code == "RESOURCE_EXHAUSTED", "a node that pushes drops the object, and lives on"
+    assert (await served.node.ask(Method.PUSH_OBJECT, b"x")).code == "OK"
+    await served.ending(2)
+    assert served.held.held == 0
+
+
+async def test_objects_wait_for_their_share_and_small_calls_do_not(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    go = asyncio.Event()
+    inside = 0
+    most = 0
+
+    async def slow(call: Call) -> Reply:
+        nonlocal inside, most
+        if call.method is Method.PULL_MESSAGES:
+            return Reply(Payload(b""), Source.UPSTREAM)
+        inside += 1
+        most = max(most, inside)
+        await go.wait()
+        inside -= 1
+        return Reply(Payload(b""), Source.UPSTREAM)
+
+    served = await serve(slow, max_body=64 << 20, held=2 * GUESS)
+    pulls = [asyncio.ensure_future(served.node.ask(Method.PULL_OBJECT, REQUEST)) for _ in range(5)]
+    while inside < 2:
+        await asyncio.sleep(0.01)
+    assert (await served.node.ask(Method.PULL_MESSAGES, REQUEST)).code == "OK"
+    await asyncio.sleep(0.1)
+    assert most == 2
+    go.set()
+    assert {answered.code for answered in await asyncio.gather(*pulls)} == {"OK"}
+    assert most <= 2
+    assert served.held.held == 0
+
+
+async def test_a_pushed_object_is_not_read_before_it_has_its_share(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    served = await serve(echo, max_body=64 << 20, held=GUESS)
+    await served.held.take(GUESS)
+    push = asyncio.ensure_future(served.node.ask(Method.PUSH_OBJECT, b"x" * (20 << 20)))
+    await asyncio.sleep(0.3)
+    assert not served.calls
+    served.held.give(GUESS)
+    assert len((await push).data) == 20 << 20
+    await served.ending()
+    assert served.held.held == 0
+
+
+async def test_a_node_that_leaves_while_it_waits_leaves_nothing_behind(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    served = await serve(echo, held=GUESS)
+    await served.held.take(GUESS)
+    push = served.node.call(Method.PUSH_OBJECT, b"x")
+    await asyncio.sleep(0.1)
+    push.cancel()
+    async with asyncio.timeout(10):
+        while not served.strays:
+            await asyncio.sleep(0.01)
+    assert served.strays == ["node_gone"]
+    served.held.give(GUESS)
+    assert (await served.node.ask(Method.PUSH_OBJECT, b"x")).data == b"x"
+    await served.ending()
+    assert served.held.held == 0
+
+
+# -- the adapter ----------------------------------------------------------------------------------------
+
+
+def contained(method: Method, data: bytes = REQUEST) -> bytes:
+    return (
+        b"\x12" + bytes([len(method.request)]) + method.request.encode() + b"\x1a" + bytes([len(data)]) + data
+    )
+
+
+@pytest.mark.parametrize("method", list(Method))
+async def test_the_adapter_carries_each_method(
+    serve: Callable[..., Awaitable[Served]], method: Method
+) -> None:
+    served = await serve(echo)
+    answered = await served.node.ask(grpc_adapter.PATH, contained(method))
+    assert (answered.code, answered.data) == ("OK", grpc_adapter.pack(method, REQUEST))
+    await served.ending()
+    call = served.calls[0]
+    assert (call.method, call.wire, call.payload.data) == (method, Wire.GRPC_ADAPTER, REQUEST)
+    assert served.held.held == 0
+
+
+@pytest.mark.parametrize("container", [b"", b"\xff\xff", b"\x12\x0bCreateNodeX"])
+async def test_what_is_no_container_is_refused(
+    serve: Callable[..., Awaitable[Served]], container: bytes
+) -> None:
+    served = await serve(echo)
+    assert (await served.node.ask(grpc_adapter.PATH, container)).code == "UNAVAILABLE"
+    assert served.strays == ["unsupported"]
+
+
+async def test_an_adapter_that_is_not_served_is_refused(serve: Callable[..., Awaitable[Served]]) -> None:
+    served = await serve(echo, wires=(Wire.GRPC,))
+    answered = await served.node.ask(grpc_adapter.PATH, contained(Method.PULL_MESSAGES))
+    assert answered.code == "UNAVAILABLE"
+    assert served.strays == ["unsupported"]

@@ -1,0 +1,87 @@
+"""The sockets of a port are found among the files of this process, and no others."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.wires.grpc_sockets import close_listening, count_connections, cut_connections
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def listen(stack: ExitStack, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
+    listening = stack.enter_context(socket.socket(family))
+    listening.bind(("::1" if family is socket.AF_INET6 else "127.0.0.1", 0))
+    listening.listen()
+    return listening
+
+
+def connect(stack: ExitStack, to: socket.socket) -> tuple[socket.socket, socket.socket]:
+    client = stack.enter_context(socket.socket(to.family))
+    client.settimeout(5)
+    client.connect(to.getsockname())
+    accepted, _ = to.accept()
+    return client, stack.enter_context(accepted)
+
+
+def port_of(listening: socket.socket) -> int:
+    port: int = listening.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_connections_that_came_to_a_port_are_counted(stack: ExitStack, family: socket.AddressFamily) -> None:
+    mine, other = listen(stack, family), listen(stack, family)
+    assert count_connections(port_of(mine)) == 0
+    connect(stack, mine)
+    connect(stack, mine)
+    connect(stack, other)
+    assert count_connections(port_of(mine)) == 2
+    assert count_connections(port_of(other)) == 1
+
+
+def test_a_port_is_closed_and_its_connections_and_other_ports_are_not(stack: ExitStack) -> None:
+    mine, other = listen(stack), listen(stack)
+    client, accepted = connect(stack, mine)
+    close_listening(port_of(mine))
+    with pytest.raises(OSError, match="refused"):
+        connect(stack, mine)
+    connect(stack, other)
+    client.sendall(b"x")
+    assert accepted.recv(1) == b"x"
+    assert count_connections(port_of(mine)) == 1
+
+
+def test_the_connections_of_a_port_are_cut_and_others_are_not(stack: ExitStack) -> None:
+    mine, other = listen(stack), listen(stack)
+    client, _ = connect(stack, mine)
+    kept, end = connect(stack, other)
+    cut_connections(port_of(mine))
+    with suppress(ConnectionResetError):
+        assert client.recv(1) == b""
+    kept.sendall(b"x")
+    assert end.recv(1) == b"x"
+
+
+def test_looking_leaves_no_file_open(stack: ExitStack) -> None:
+    listening = listen(stack)
+    reader, writer = os.pipe()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(10):
+        count_connections(port_of(listening))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    os.close(reader)
+    os.close(writer)

@@ -1,0 +1,105 @@
+"""Which certificate a gRPC client gets, and that it gets a new one without a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING
+
+import pytest
+import structlog.testing
+from cryptography import x509
+from grpc import aio
+
+from relay.wires.grpc_tls import server_credentials
+from tests.certificates import make_pair
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from pathlib import Path
+
+    Shown = Callable[[str | None], Awaitable[int]]
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def serial(path: Path) -> int:
+    return x509.load_pem_x509_certificate(path.read_bytes()).serial_number
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[..., Awaitable[Shown]]]:
+    servers: list[aio.Server] = []
+
+    async def serve(pairs: Sequence[tuple[Path, Path]]) -> Shown:
+        server = aio.server()
+        port = server.add_secure_port("127.0.0.1:0", server_credentials(pairs))
+        await server.start()
+        servers.append(server)
+
+        async def shown(name: str | None) -> int:
+            """Return the serial number of the certificate that a client gets who asks for `name`."""
+            context = ssl.create_default_context()
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            context.set_alpn_protocols(["h2"])
+            _, writer = await asyncio.open_connection(
+                "127.0.0.1", port, ssl=context, server_hostname=name or ""
+            )
+            der = writer.get_extra_info("ssl_object").getpeercert(True)
+            writer.transport.abort()
+            await asyncio.sleep(0)
+            return x509.load_der_x509_certificate(der).serial_number
+
+        return shown
+
+    yield serve
+    for server in servers:
+        await server.stop(None)
+
+
+async def test_the_certificate_is_the_one_for_the_name(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path
+) -> None:
+    first = make_pair(tmp_path, "first", host="a.example")
+    second = make_pair(tmp_path, "second", host="b.example")
+    shown = await serve([first, second])
+    assert await shown("a.example") == serial(first[0])
+    assert await shown("b.example") == serial(second[0])
+    assert await shown("c.example") == serial(first[0])
+
+
+async def test_a_new_certificate_is_taken_up(serve: Callable[..., Awaitable[Shown]], tmp_path: Path) -> None:
+    pair = make_pair(tmp_path)
+    shown = await serve([pair])
+    before = serial(pair[0])
+    assert await shown("localhost") == before
+    make_pair(tmp_path)
+    after = serial(pair[0])
+    with structlog.testing.capture_logs() as logs:
+        assert await shown("localhost") == after != before
+        assert await shown("localhost") == after
+    assert [line["event"] for line in logs] == ["certificates changed"]
+
+
+@pytest.mark.parametrize("how", ["gone", "not one", "of another key"])
+async def test_a_certificate_that_cannot_be_used_leaves_the_old_one(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path, how: str
+) -> None:
+    certificate, key = make_pair(tmp_path)
+    shown = await serve([(certificate, key)])
+    before = serial(certificate)
+    if how == "gone":
+        certificate.unlink()
+    elif how == "not one":
+        certificate.write_text("no certificate")
+    else:
+        other, _ = make_pair(tmp_path, "other")
+        other.replace(certificate)
+    assert await shown("localhost") == before
+    assert await shown("localhost") == before
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        server_credentials([(tmp_path / "nowhere.pem", tmp_path / "nowhere.pem")])
