@@ -299,6 +299,7 @@ class Call:
         if self._proof is None and self.wire is not Wire.REST_V0:  # nobody would verify what it sends
             self._proof = NodeProof.of_http(self.metadata)
         return self._proof
+
     def beside(self, method: Method, request: bytes) -> Call:
         """Return another call of the same node, with all that is known of it; nobody is told of its end."""
         other = copy.copy(self)

@@ -32,9 +32,7 @@ def urls(section: Upstream) -> tuple[BaseUrl, ...]:
     return (section.url, *section.addresses, *section.standby)
 
 
-def superlink(
-    settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None, held: Quota
-) -> Balance:
+def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None, held: Quota) -> Balance:
     """Make the way to the SuperLink. Call it inside the running event loop.
 
     Args:

@@ -104,9 +104,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
         listening: list[asyncio.AbstractServer] = []
         grpc_servers: list[GrpcServer] = []
         sockets = iter(node_sockets)
-        for front, listener, files in zip(
-            relay.fronts, settings.listeners, relay.tls.listeners, strict=True
-        ):
+        for front, listener, files in zip(relay.fronts, settings.listeners, relay.tls.listeners, strict=True):
             if isinstance(front, Front):
                 servers.append(NodeServer(front, listener.keepalive))
                 listening.append(await self._listen(servers[-1], next(sockets).sock, files))

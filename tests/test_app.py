@@ -113,6 +113,7 @@ async def test_the_limits_of_the_settings_are_those_of_each_listener() -> None:
         load(None, {f"RELAY_LIMITS__{name}": value for name, value in given.items()}), HostTable(64)
     )
     (front,) = relay.fronts
+    assert isinstance(front, Front)
     bodies = {method: {Kind.PUSH: 1 << 20, Kind.HEARTBEAT: 100}.get(method.kind) for method in Method}
     assert front.limits == Limits(
         {method: size or MAX_REQUEST[method.kind] for method, size in bodies.items()},

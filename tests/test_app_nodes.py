@@ -16,6 +16,7 @@ from relay.refusal import Refusal
 from relay.settings import load
 from relay.stores.host import HostTable
 from relay.stores.nodes import Nodes
+from relay.wires.http import Front
 from tests.signing import Node
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ async def chain(
 ) -> tuple[Callable[[Call], Awaitable[Reply]], Callable[[], Awaitable[None]]]:
     """Return what handles a pull, and what ends the relay."""
     relay = build(settings, HostTable(64), None, Nodes(64))
-    return relay.fronts[0]._routes["/v1/fleet/pull-messages"].handler, relay.close
+    (front,) = relay.fronts
+    assert isinstance(front, Front)
+    return front._routes["/v1/fleet/pull-messages"].handler, relay.close
 
 
 async def reason(settings: Settings, call: Call) -> str:

@@ -449,9 +449,7 @@ def test_a_stranger_is_told_nothing_but_at_a_heartbeat_which_is_never_closed() -
         for (wire, reason, method), cell in TABLE.items()
         if reason is Reason.STRANGER and cell.answer != Drop() and not wire.grpc
     }
-    assert told == {
-        (wire, Method.SEND_NODE_HEARTBEAT): Status(503) for wire in (Wire.HTTP_V1, Wire.REST_V0)
-    }
+    assert told == {(wire, Method.SEND_NODE_HEARTBEAT): Status(503) for wire in (Wire.HTTP_V1, Wire.REST_V0)}
 
 
 def test_only_a_reason_that_wishes_it_makes_a_node_go() -> None:

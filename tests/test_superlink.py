@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from relay.policies.shed import Shed
+from relay.quota import Quota
 from relay.settings import load
 from relay.stores.upstreams import OPEN, UpstreamTable
 from relay.superlink import superlink
 from relay.upstreams.breaker import Breaker
 from relay.upstreams.http import HttpUpstream
+from relay.upstreams.pool import Pool
 from tests.sockets import Listener, response, until
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def settings(**environ: str) -> Settings:
 
 
 def made(table: UpstreamTable | None = None, **environ: str) -> Balance:
-    return superlink(settings(**environ), table or UpstreamTable(), None)
+    return superlink(settings(**environ), table or UpstreamTable(), None, Quota(1))
 
 
 async def test_one_address_has_a_breaker_and_is_not_checked() -> None:
@@ -63,6 +65,7 @@ async def test_a_name_is_resolved_and_an_address_is_not() -> None:
     )
     name, address = balance.addresses
     assert name.resolver is not None
+    assert isinstance(name.pool, Pool)
     assert name.pool.resolver is name.resolver
     assert address.resolver is None
     assert all(each.check is not None for each in balance.addresses)
@@ -100,6 +103,7 @@ async def test_a_breaker_that_opens_lets_go_of_idle_connections() -> None:
     async with Listener() as listener:
         balance = made(table, UPSTREAM__URL=f"http://127.0.0.1:{listener.port}")
         pool = balance.addresses[0].pool
+        assert isinstance(pool, Pool)
         pool.give_back(await pool.acquire())
         assert pool.state()["connections"] == 1
         table.change(pool.name, lambda state: state._replace(breaker=OPEN))
@@ -112,6 +116,7 @@ async def test_a_connection_that_was_lent_when_the_pool_was_renewed_ends_when_it
     async with Listener() as listener:
         balance = made(UPSTREAM__URL=f"http://127.0.0.1:{listener.port}")
         pool = balance.addresses[0].pool
+        assert isinstance(pool, Pool)
         old = await pool.acquire()
         pool.renew()
         new = await pool.acquire()

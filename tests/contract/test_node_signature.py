@@ -72,7 +72,7 @@ async def test_a_node_signs_in_waits_in_quarantine_and_goes_on(
             return parse(f"node {NODE_ID}")
 
     superlink = Guarded(wire, known, Listed(), signed=wire is Wire.HTTP_V1)
-    async with Nodes(python, PROBE, tmp_path) as nodes:
+    async with Nodes(python, PROBE, tmp_path, "") as nodes:
         seen = await observe(nodes, "node", superlink, 60.0)
         version = nodes.version
     assert seen.outcome is Outcome.CONTINUES, seen

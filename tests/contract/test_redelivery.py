@@ -97,7 +97,7 @@ def run(
     python = flower(release.requirement) / "python" if release.requirement else sys.executable
 
     async def observed() -> Observation:
-        async with Nodes(python, PROBE, directory) as nodes:  # type: ignore[arg-type]
+        async with Nodes(python, PROBE, directory, "") as nodes:  # type: ignore[arg-type]
             return await observe(nodes, "node", superlink)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -18,7 +18,7 @@ from relay.credentials.keys.key import Key, generate
 from relay.credentials.keys.record import KeyRecord, hashed
 from relay.credentials.keys.redis import KEYS, VERSION, RedisKeys
 from relay.credentials.keys.stores import KeyStore
-from relay.demo.federation import Federation
+from relay.demo.federation import Federation, Generation
 from relay.demo.processes import Process, wait_ready
 from tests.e2e.test_federation import ACCESS
 from tests.redis_server import RedisServer
@@ -103,8 +103,9 @@ def test_nodes_with_a_key_get_in_a_wrong_one_never_reaches_the_superlink_and_a_r
         superlink_log_level="DEBUG",
     ) as federation:
         federation.up(wait_for_nodes=False)
+        generation = Generation(flower(requirement), wire)
         stranger = federation._supernode(
-            2, federation.relay_port, made.authority if made else None, f"node-0:{wrong}"
+            2, generation, federation.relay_port, made.authority if made else None, f"node-0:{wrong}"
         )
         stranger.start(may_end=True)
         wait_ready(federation.supernodes)

@@ -26,6 +26,7 @@ from relay.call import Wire
 from relay.fleet import Ids, Kind, Method
 from relay.settings import load
 from relay.stores.host import HostTable
+from relay.upstreams.pool import Pool
 from relay.wires import http as wires_http
 from relay.wires import http_server
 from relay.wires.http import Front
@@ -152,6 +153,7 @@ class Fuzzed(NamedTuple):
             while self.server.connections or self.server.front.busy:
                 await asyncio.sleep(0.01)
             (pool,) = (address.pool for address in self.relay.pool.addresses)
+            assert isinstance(pool, Pool)
             while pool._open != len(pool._idle):
                 await asyncio.sleep(0.01)
         assert self.quiet.errors == []

@@ -78,7 +78,9 @@ def launch(
     )
     log = folder / "log" / "start.log"
     command = [nginx, "-p", str(folder), "-e", str(log), "-c", str(config), "-g", "daemon off;"]
-    edge = Edge(folder, certificates, subprocess.Popen(command), *ports)
+    plain, tls, status, grpc_plain, grpc_tls = ports
+    process = subprocess.Popen(command)
+    edge = Edge(folder, certificates, process, plain, tls, status, grpc_plain, grpc_tls)
     try:
         wait(lambda: _serves(edge, log), "answer of /livez")
     except BaseException:
