@@ -166,6 +166,8 @@ def _grpc(reason: Reason, kind: Kind | None) -> Cell:
     if reason is Reason.UNAUTHENTICATED and kind is not Kind.LEAVE:
         return Cell(Abort("UNAUTHENTICATED"), _KICK_401.why)
     match kind:
+        case Kind.PULL if reason is Reason.STRANGER:
+            return Cell(Abort("UNAVAILABLE"), _SILENCE.why)
         case Kind.PULL if reason in _OUTAGE:
             return _HELD
         case Kind.PULL:

@@ -134,7 +134,7 @@ async def test_a_list_holds_those_that_are_asked_for(
         ("?limit=10001", "limit must be a whole number up to 10000"),
         ("?offset=-1", "offset must be a whole number"),
         ("?accepted=yes", "accepted must be true or false"),
-        ("?wire=grpc", "wire must be one of http_v1, rest_v0"),
+        ("?wire=http_v2", "wire must be one of http_v1, rest_v0, grpc, grpc_adapter"),
         ("?colour=red", "'colour' is no filter"),
     ],
 )

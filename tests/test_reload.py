@@ -528,7 +528,7 @@ async def test_in_pass_through_what_the_superlink_says_is_passed_on_as_it_is(
 
 async def test_in_pass_through_no_policy_is_left_but_the_observers(tmp_path: Path) -> None:
     relay = RelayProcess(tmp_path, 1)
-    for mode, between in (("normal", None), ("pass_through", ["metrics", "access_log"])):
+    for mode, between in (("normal", None), ("pass_through", ["metrics", "access_log", "inventory"])):
         relay.settings["mode"] = mode
         relay.write()
         said = (await off(command, relay, "explain")).stdout.splitlines()[1:]

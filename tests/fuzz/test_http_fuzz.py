@@ -502,7 +502,7 @@ def flower_would_write(method: Method, body: bytes) -> bool:
     return bool(ids and named and run and request.SerializeToString() == body)
 
 
-@pytest.mark.parametrize("wire", list(Wire))
+@pytest.mark.parametrize("wire", list(SPECS))
 async def test_calls_over_every_limit_break_nothing(fuzzed: Fuzz, wire: Wire) -> None:
     rng = random.Random(f"limits {wire.value}")
     statuses: Counter[int] = Counter()

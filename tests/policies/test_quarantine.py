@@ -153,4 +153,11 @@ def test_what_it_is_told_leaves_a_node_alive(wire: Wire, method: Method) -> None
         (Wire.REST_V0, Kind.CONFIRM): {dialect.Empty()},
         (Wire.REST_V0, Kind.LEAVE): {dialect.Drop()},
     }
+    come_back = dialect.Abort("UNAVAILABLE")
+    for kind in Kind:
+        lives[Wire.GRPC, kind] = {come_back}
+        lives[Wire.GRPC_ADAPTER, kind] = {come_back}
+    for over_grpc in (Wire.GRPC, Wire.GRPC_ADAPTER):
+        lives[over_grpc, Kind.PULL] = lives[over_grpc, Kind.CONFIRM] = {dialect.Empty()}
+        lives[over_grpc, Kind.FETCH] = lives[over_grpc, Kind.PUSH] = {dialect.Abort("PERMISSION_DENIED")}
     assert answer in lives[wire, method.kind]

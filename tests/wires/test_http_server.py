@@ -373,7 +373,7 @@ async def test_headers_are_limited_in_number_and_size(serve: Serve, over: int) -
 
 
 @pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.PUSH_OBJECT, Method.SEND_NODE_HEARTBEAT])
-@pytest.mark.parametrize("wire", list(Wire))
+@pytest.mark.parametrize("wire", list(SPECS))
 @pytest.mark.parametrize("limit", ["connections", "connections_per_peer"])
 async def test_calls_on_one_connection_too_many_are_told_to_come_back(
     serve: Serve, wire: Wire, method: Method, limit: str
