@@ -11,7 +11,8 @@ was found out a moment ago (`stores/redis_link`), what this host keeps is handed
 outage each host that got the answer from the SuperLink may reach the limit by itself. What Redis did not
 learn in an outage, or has lost, it learns with the next delivery: a host tells its own count when it asks.
 
-A grant that comes too late is given back; that of a delivery which was made without it counts.
+A grant that comes too late is given back as soon as Redis answers again; that of a delivery which was made
+without it counts.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Redis(Protocol):
     async def keep(self, keeping: Keeping) -> None: ...
     async def acquire(self, keeping: Keeping, claim: bytes, most: int) -> Verdict: ...
     async def claim(self, node: int, holder: bytes, claim: bytes, most: int) -> Found: ...
-    async def settle(self, node: int, message: bytes, claim: bytes, *, delivered: bool) -> None: ...
+    async def settle(self, node: int, claim: bytes, *, delivered: bool) -> None: ...
     async def end(self, node: int, holder: bytes | None, messages: Iterable[bytes] | None) -> int: ...
     async def available(self, node: int, online: float) -> None: ...
     async def changes(self, after: str) -> tuple[str, list[Change]]: ...
@@ -224,7 +225,7 @@ class KeptOnHosts:
 
     def settle(self, node: int, token: bytes, *, delivered: bool) -> None:
         """See `KeptAnswers.settle`."""
-        here, message, claim = _Token.of(token)
+        here, _, claim = _Token.of(token)
         if here != _NOBODY:
             self._here.settle(node, here, delivered=delivered)
         keeping = self._unsent.pop(here, None) if here == claim else None
@@ -232,7 +233,7 @@ class KeptOnHosts:
             keeping.busy = False
             keeping.deliveries -= not delivered
         elif claim != _NOBODY:
-            self._link.later(lambda: self._redis.settle(node, message, claim, delivered=delivered))
+            self._link.later(lambda: self._redis.settle(node, claim, delivered=delivered))
 
     def take(self, node: int, token: bytes, why: Outcome) -> None:
         """See `KeptAnswers.take`."""
@@ -276,10 +277,8 @@ class KeptOnHosts:
 
         delivered = True  # without the grant; it counts nevertheless
 
-        def late(verdict: Verdict) -> None:
-            if verdict.state == "granted":
-                settle = partial(self._redis.settle, node, claim.message, mine, delivered=delivered)
-                self._link.later(settle, force=True)
+        def late() -> None:
+            self._link.owe(partial(self._redis.settle, node, mine, delivered=delivered))
 
         try:
             verdict = await self._link.ask(self._redis.acquire(keeping, mine, most), by, late)
@@ -298,10 +297,8 @@ class KeptOnHosts:
             return None
         mine = os.urandom(8)
 
-        def late(found: Found) -> None:
-            if (granted := found.granted) is not None:
-                settle = partial(self._redis.settle, node, granted.message, mine, delivered=False)
-                self._link.later(settle, force=True)
+        def late() -> None:
+            self._link.owe(partial(self._redis.settle, node, mine, delivered=False))
 
         try:
             found = await self._link.ask(self._redis.claim(node, holder, mine, most), by, late)

@@ -177,13 +177,14 @@ return {answer, exhausted}
 """
 
 _SETTLE = """
-local id, claim, delivered = ARGV[2], ARGV[3], ARGV[4] == '1'
+local claim, delivered = ARGV[2], ARGV[3] == '1'
 read()
-local entry = find(id)
-if entry then
-  if entry.claim == claim then entry.busy = 0 end
-  if not delivered then entry.count = math.max(entry.count - 1, 0) end
-  write(entry)
+for _, entry in ipairs(entries) do
+  if entry.claim == claim then
+    entry.claim, entry.busy = '0', 0
+    if not delivered then entry.count = math.max(entry.count - 1, 0) end
+    write(entry)
+  end
 end
 """
 
@@ -280,9 +281,12 @@ class KeptRedis:
             granted = Granted(message, int(delivery), body)
         return Found(granted, later=state == b"later", exhausted=int(exhausted))
 
-    async def settle(self, node: int, message: bytes, claim: bytes, *, delivered: bool) -> None:
-        """End a delivery: the answer may be claimed again. One that certainly was none does not count."""
-        await self._run(self._settle, node, message, claim.hex(), int(delivered))
+    async def settle(self, node: int, claim: bytes, *, delivered: bool) -> None:
+        """End a delivery: the answer may be claimed again. One that certainly was none does not count.
+
+        A claim that was not granted, or is not the last one any more, changes nothing.
+        """
+        await self._run(self._settle, node, claim.hex(), int(delivered))
 
     async def end(self, node: int, holder: bytes | None, messages: Iterable[bytes] | None) -> int:
         """Drop these answers, or all of the node, as far as they are the holder's (None: anybody's).
