@@ -20,13 +20,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from relay.stores.kept import Claim, KeptAnswers, Outcome, digest
-from relay.stores.redis_link import OFF, OutageError, RedisLink
+from relay.stores.redis_link import OFF, OutageError, RedisLink, end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -165,6 +164,7 @@ class KeptOnHosts:
         self._link = RedisLink(redis.name)
         self._unsent: dict[bytes, Keeping] = {}
         self._listening: asyncio.Task[None] | None = None
+        self._closing = False
 
     def start(self) -> None:
         """Listen for what other hosts keep; to be called in the event loop."""
@@ -174,10 +174,9 @@ class KeptOnHosts:
         """Write what is still to be written, if that is possible soon, and end everything."""
         await self._link.close()
         if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
-        with suppress(OutageError, OSError):
-            await self._redis.close()
+            self._closing = True
+            await end(self._listening)
+        await self._redis.close()
 
     # -- what KeptAnswers does ----------------------------------------------------------------------
 
@@ -333,7 +332,7 @@ class KeptOnHosts:
 
     async def _listen(self) -> None:
         after = "0"
-        while True:
+        while not self._closing:  # a library may lose a cancellation
             try:
                 after, changes = await self._redis.changes(after)
             except OutageError as error:

@@ -25,6 +25,7 @@ here can have a relay hand out what he wrote, if the SuperLink has an object of 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -319,9 +320,10 @@ class KeptRedis:
         return after, found
 
     async def close(self) -> None:
-        """Close all connections."""
-        await self._client.aclose(close_connection_pool=True)
-        await self._listener.aclose(close_connection_pool=True)
+        """Close all connections. Never raises OutageError."""
+        for client in (self._client, self._listener):
+            with suppress(RedisError, OSError):  # they end with the process
+                await client.aclose(close_connection_pool=True)
 
     async def _run(self, script: Any, node: int, *arguments: bytes | str | int) -> Any:
         keys = [f"{PREFIX}{node:016x}", STREAM]

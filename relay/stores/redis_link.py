@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import structlog
@@ -43,6 +42,14 @@ _OVERHEAD = 500
 
 class OutageError(Exception):
     """Redis does not answer, or with an error; the text names its kind."""
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, and wait until they have ended; not for long, whatever they do."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_AT_END)
 
 
 class _Change(NamedTuple):
@@ -146,12 +153,9 @@ class RedisLink:
     async def close(self) -> None:
         """Tell what is still to be told, if that is possible soon, and end all questions."""
         if self._telling is not None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._telling, _AT_END)
-        asking = list(self._asking)
-        for task in asking:
-            task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
+            await asyncio.wait({self._telling}, timeout=_AT_END)
+        self._waiting.clear()
+        await end(*self._asking, *([] if self._telling is None else [self._telling]))
 
     def _answered(self) -> None:
         ASKED.labels("answered").inc()

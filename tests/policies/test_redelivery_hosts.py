@@ -160,6 +160,28 @@ async def test_one_host_at_a_time(host: MakeHost, patient: None) -> None:
     assert [body for body in got if body] == [BYTES]
 
 
+async def test_a_first_delivery_that_could_not_be_written_does_not_count(
+    host: MakeHost, patient: None
+) -> None:
+    one, other = host(), host()
+    await kept_by_one(one, other, outcome="node_gone")
+    for _ in range(3):
+        assert await other.pull() == BYTES
+        await other.told()
+    assert await other.pull() == b""
+
+
+async def test_who_came_while_another_host_delivers_may_come_again(host: MakeHost, patient: None) -> None:
+    one, other = host(), host()
+    await kept_by_one(one, other)
+    assert await other.pull(end=False) == BYTES
+    assert await one.pull() == b""
+    await asyncio.sleep(0.6)  # the lease of the other ends
+    assert await one.pull() == BYTES
+    await one.told()
+    assert await one.pull() == b"", "three times in all"
+
+
 async def test_while_the_first_delivery_is_under_way_no_host_gets_it(host: MakeHost, patient: None) -> None:
     one, other = host(), host()
     await kept_by_one(one, other, end=False)

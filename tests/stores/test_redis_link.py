@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ async def test_the_end_of_a_late_answer_is_told(link: RedisLink) -> None:
         back(link)
         late: list[str] = []
         with pytest.raises(OutageError):
-            await link.ask(says(answer, after=0.05), soon(0.01), lambda late=late: late.append("late"))
+            await link.ask(says(answer, after=0.05), soon(0.01), partial(late.append, "late"))
         assert late == []
         await asyncio.sleep(0.1)
         assert late == ["late"]
@@ -104,9 +105,9 @@ async def test_the_end_of_an_answer_to_who_was_cancelled_is_told(link: RedisLink
 async def test_what_is_owed_is_told_when_there_is_an_answer_again(link: RedisLink) -> None:
     told = Told()
     for number in range(3):
+        owe = partial(link.owe, told.change(number))
         with pytest.raises(OutageError):
-            question = says(OutageError("ConnectionError"))
-            await link.ask(question, soon(), lambda number=number: link.owe(told.change(number)))
+            await link.ask(says(OutageError("ConnectionError")), soon(), owe)
         back(link)
     await asyncio.sleep(0.01)
     assert told.told == []
