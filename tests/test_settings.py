@@ -326,6 +326,14 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     )
 
 
+def test_redis_for_redelivery_needs_redelivery(tmp_path: Path) -> None:
+    tree = {"redelivery": {"redis": "redis://relay:s3cret@redis/1", "enabled": False}}
+    [line] = problems(tmp_path, tree)
+    assert line.startswith(
+        "redelivery.redis = 'redis://***@redis/1': has no effect while redelivery.enabled is false: leave one"
+    )
+
+
 def test_addresses_must_not_overlap(tmp_path: Path) -> None:
     tree = {"listeners": [{"address": ":80"}, {"address": "127.0.0.1:80"}, {"address": "127.0.0.1:9100"}]}
     said = "listeners[{}].address = {}: cannot be listened on beside {}, which is {}: use another port"

@@ -11,7 +11,8 @@ was found out a moment ago (`stores/redis_link`), what this host keeps is handed
 outage each host that got the answer from the SuperLink may reach the limit by itself. What Redis did not
 learn in an outage, or has lost, it learns with the next delivery: a host tells its own count when it asks.
 
-A grant that comes too late is given back; that of a delivery which was made without it counts.
+A grant that comes too late is given back as soon as Redis answers again; that of a delivery which was made
+without it counts.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from relay.stores.kept import Claim, KeptAnswers, Outcome, digest
-from relay.stores.redis_link import OFF, OutageError, RedisLink
+from relay.stores.redis_link import OFF, OutageError, RedisLink, end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -114,7 +114,7 @@ class Redis(Protocol):
     async def keep(self, keeping: Keeping) -> None: ...
     async def acquire(self, keeping: Keeping, claim: bytes, most: int) -> Verdict: ...
     async def claim(self, node: int, holder: bytes, claim: bytes, most: int) -> Found: ...
-    async def settle(self, node: int, message: bytes, claim: bytes, *, delivered: bool) -> None: ...
+    async def settle(self, node: int, claim: bytes, *, delivered: bool) -> None: ...
     async def end(self, node: int, holder: bytes | None, messages: Iterable[bytes] | None) -> int: ...
     async def available(self, node: int, online: float) -> None: ...
     async def changes(self, after: str) -> tuple[str, list[Change]]: ...
@@ -164,6 +164,7 @@ class KeptOnHosts:
         self._link = RedisLink(redis.name)
         self._unsent: dict[bytes, Keeping] = {}
         self._listening: asyncio.Task[None] | None = None
+        self._closing = False
 
     def start(self) -> None:
         """Listen for what other hosts keep; to be called in the event loop."""
@@ -173,10 +174,9 @@ class KeptOnHosts:
         """Write what is still to be written, if that is possible soon, and end everything."""
         await self._link.close()
         if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
-        with suppress(OutageError, OSError):
-            await self._redis.close()
+            self._closing = True
+            await end(self._listening)
+        await self._redis.close()
 
     # -- what KeptAnswers does ----------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class KeptOnHosts:
 
     def settle(self, node: int, token: bytes, *, delivered: bool) -> None:
         """See `KeptAnswers.settle`."""
-        here, message, claim = _Token.of(token)
+        here, _, claim = _Token.of(token)
         if here != _NOBODY:
             self._here.settle(node, here, delivered=delivered)
         keeping = self._unsent.pop(here, None) if here == claim else None
@@ -232,7 +232,7 @@ class KeptOnHosts:
             keeping.busy = False
             keeping.deliveries -= not delivered
         elif claim != _NOBODY:
-            self._link.later(lambda: self._redis.settle(node, message, claim, delivered=delivered))
+            self._link.later(lambda: self._redis.settle(node, claim, delivered=delivered))
 
     def take(self, node: int, token: bytes, why: Outcome) -> None:
         """See `KeptAnswers.take`."""
@@ -276,10 +276,8 @@ class KeptOnHosts:
 
         delivered = True  # without the grant; it counts nevertheless
 
-        def late(verdict: Verdict) -> None:
-            if verdict.state == "granted":
-                settle = partial(self._redis.settle, node, claim.message, mine, delivered=delivered)
-                self._link.later(settle, force=True)
+        def late() -> None:
+            self._link.owe(partial(self._redis.settle, node, mine, delivered=delivered))
 
         try:
             verdict = await self._link.ask(self._redis.acquire(keeping, mine, most), by, late)
@@ -298,10 +296,8 @@ class KeptOnHosts:
             return None
         mine = os.urandom(8)
 
-        def late(found: Found) -> None:
-            if (granted := found.granted) is not None:
-                settle = partial(self._redis.settle, node, granted.message, mine, delivered=False)
-                self._link.later(settle, force=True)
+        def late() -> None:
+            self._link.owe(partial(self._redis.settle, node, mine, delivered=False))
 
         try:
             found = await self._link.ask(self._redis.claim(node, holder, mine, most), by, late)
@@ -336,7 +332,7 @@ class KeptOnHosts:
 
     async def _listen(self) -> None:
         after = "0"
-        while True:
+        while not self._closing:  # a library may lose a cancellation
             try:
                 after, changes = await self._redis.changes(after)
             except OutageError as error:

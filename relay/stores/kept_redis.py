@@ -25,6 +25,7 @@ here can have a relay hand out what he wrote, if the SuperLink has an object of 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -177,13 +178,14 @@ return {answer, exhausted}
 """
 
 _SETTLE = """
-local id, claim, delivered = ARGV[2], ARGV[3], ARGV[4] == '1'
+local claim, delivered = ARGV[2], ARGV[3] == '1'
 read()
-local entry = find(id)
-if entry then
-  if entry.claim == claim then entry.busy = 0 end
-  if not delivered then entry.count = math.max(entry.count - 1, 0) end
-  write(entry)
+for _, entry in ipairs(entries) do
+  if entry.claim == claim then
+    entry.claim, entry.busy = '0', 0
+    if not delivered then entry.count = math.max(entry.count - 1, 0) end
+    write(entry)
+  end
 end
 """
 
@@ -280,9 +282,12 @@ class KeptRedis:
             granted = Granted(message, int(delivery), body)
         return Found(granted, later=state == b"later", exhausted=int(exhausted))
 
-    async def settle(self, node: int, message: bytes, claim: bytes, *, delivered: bool) -> None:
-        """End a delivery: the answer may be claimed again. One that certainly was none does not count."""
-        await self._run(self._settle, node, message, claim.hex(), int(delivered))
+    async def settle(self, node: int, claim: bytes, *, delivered: bool) -> None:
+        """End a delivery: the answer may be claimed again. One that certainly was none does not count.
+
+        A claim that was not granted, or is not the last one any more, changes nothing.
+        """
+        await self._run(self._settle, node, claim.hex(), int(delivered))
 
     async def end(self, node: int, holder: bytes | None, messages: Iterable[bytes] | None) -> int:
         """Drop these answers, or all of the node, as far as they are the holder's (None: anybody's).
@@ -315,9 +320,10 @@ class KeptRedis:
         return after, found
 
     async def close(self) -> None:
-        """Close all connections."""
-        await self._client.aclose(close_connection_pool=True)
-        await self._listener.aclose(close_connection_pool=True)
+        """Close all connections. Never raises OutageError."""
+        for client in (self._client, self._listener):
+            with suppress(RedisError, OSError):  # they end with the process
+                await client.aclose(close_connection_pool=True)
 
     async def _run(self, script: Any, node: int, *arguments: bytes | str | int) -> Any:
         keys = [f"{PREFIX}{node:016x}", STREAM]

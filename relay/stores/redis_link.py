@@ -2,14 +2,14 @@
 
 Who asks waits until a time that he names. Whoever got no answer, or an error, has this worker ask nothing for
 OFF seconds. Changes are told one after the other, by one task; those that come soon after a failure, or when
-MOST_WAITING bytes wait already, are left out. Whoever uses this must be able to live with that.
+MOST_WAITING bytes wait already, are left out. Whoever uses this must be able to live with that. What is owed,
+because a question may have had an effect that nobody knows of, is told when Redis answers again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import structlog
@@ -33,6 +33,7 @@ ASKED = Counter(
 OFF = 1.0
 #: Most bytes that wait to be told.
 MOST_WAITING = 8 << 20
+MOST_OWED = 256
 #: Seconds for what is still to be told when the worker ends.
 _AT_END = 1.0
 #: What a change holds beside its bytes.
@@ -41,6 +42,14 @@ _OVERHEAD = 500
 
 class OutageError(Exception):
     """Redis does not answer, or with an error; the text names its kind."""
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, and wait until they have ended; not for long, whatever they do."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_AT_END)
 
 
 class _Change(NamedTuple):
@@ -61,14 +70,15 @@ class RedisLink:
         self._waiting_bytes = 0
         self._telling: asyncio.Task[None] | None = None
         self._asking: set[asyncio.Task[Any]] = set()
+        self._owed: deque[Callable[[], Awaitable[None]]] = deque(maxlen=MOST_OWED)
 
-    async def ask(self, question: Coroutine[Any, Any, T], by: float, late: Callable[[T], None]) -> T:
+    async def ask(self, question: Coroutine[Any, Any, T], by: float, late: Callable[[], None]) -> T:
         """Return the answer.
 
         Args:
             question: raises OutageError if there is none.
             by: when it is not waited for any longer, by the clock of the event loop.
-            late: gets an answer for which nobody has waited.
+            late: called when the question ends for which nobody has waited, or to which there was no answer.
 
         Raises:
             OutageError: there is none by then, or nothing is asked.
@@ -84,8 +94,11 @@ class RedisLink:
         task.add_done_callback(self._asking.discard)
 
         def ended(task: asyncio.Task[T]) -> None:
-            if not task.cancelled() and task.exception() is None:
-                late(task.result())
+            if not task.cancelled():
+                failed = task.exception() is not None
+                late()
+                if not failed:
+                    self._pay()
 
         try:
             done, _ = await asyncio.wait({task}, timeout=left)
@@ -100,6 +113,7 @@ class RedisLink:
             answer = task.result()
         except OutageError as error:
             self.failed(str(error))
+            late()
             raise
         self._answered()
         return answer
@@ -123,6 +137,10 @@ class RedisLink:
         if self._telling is None:
             self._telling = loop.create_task(self._tell())
 
+    def owe(self, tell: Callable[[], Awaitable[None]]) -> None:
+        """Have Redis told something small as soon as it answers; only the last MOST_OWED are remembered."""
+        self._owed.append(tell)
+
     def failed(self, problem: str) -> None:
         """Ask nothing for OFF seconds."""
         ASKED.labels("failed").inc()
@@ -135,18 +153,20 @@ class RedisLink:
     async def close(self) -> None:
         """Tell what is still to be told, if that is possible soon, and end all questions."""
         if self._telling is not None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._telling, _AT_END)
-        asking = list(self._asking)
-        for task in asking:
-            task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
+            await asyncio.wait({self._telling}, timeout=_AT_END)
+        self._waiting.clear()
+        await end(*self._asking, *([] if self._telling is None else [self._telling]))
 
     def _answered(self) -> None:
         ASKED.labels("answered").inc()
         if self._failing:
             self._failing = False
             log.info("redelivery reaches Redis again", store=self._name)
+        self._pay()
+
+    def _pay(self) -> None:
+        while self._owed:
+            self.later(self._owed.popleft(), force=True)
 
     async def _tell(self) -> None:
         loop = asyncio.get_running_loop()

@@ -85,7 +85,7 @@ class SharedWorld(World):
     def __init__(self, url: str) -> None:
         super().__init__(0)
         self.url = url
-        self.hosts = [SharedHost(self.clock, url) for _ in range(HOSTS)]  # type: ignore[assignment]
+        self.hosts = [SharedHost(self.clock, url) for _ in range(HOSTS)]
         self.restarted = 0
 
     async def live(self, event: Event, node: int, where: int) -> None:

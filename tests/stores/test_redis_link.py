@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,8 +23,12 @@ def soon(seconds: float = 10.0) -> float:
     return asyncio.get_running_loop().time() + seconds
 
 
-def unused(_: Any) -> None:
+def unused() -> None:
     raise AssertionError("the answer was waited for")
+
+
+def ignored() -> None:
+    pass
 
 
 async def says(answer: Any, after: float = 0.0) -> Any:
@@ -47,7 +52,7 @@ async def test_a_failure_spares_the_next_the_waiting_and_is_logged_once(link: Re
     with capture_logs() as lines:
         for _ in range(2):
             with pytest.raises(OutageError):
-                await link.ask(says(OutageError("TimeoutError")), soon(), unused)
+                await link.ask(says(OutageError("TimeoutError")), soon(), ignored)
             for _ in range(3):
                 with pytest.raises(OutageError):
                     await link.ask(says(7), soon(), unused)
@@ -74,31 +79,49 @@ async def test_who_has_no_time_left_asks_nothing(link: RedisLink) -> None:
     assert await link.ask(says(7), soon(), unused) == 7, "that was no failure"
 
 
-async def test_a_late_answer_is_handed_on(link: RedisLink) -> None:
-    late: list[int] = []
-    with pytest.raises(OutageError):
-        await link.ask(says(7, after=0.05), soon(0.01), late.append)
-    assert late == []
-    await asyncio.sleep(0.1)
-    assert late == [7]
-
-
-async def test_a_late_failure_is_nothing(link: RedisLink) -> None:
-    with pytest.raises(OutageError):
-        await link.ask(says(OutageError(), after=0.05), soon(0.01), unused)
-    await asyncio.sleep(0.1)
+async def test_the_end_of_a_late_answer_is_told(link: RedisLink) -> None:
+    for answer in (7, OutageError()):
+        back(link)
+        late: list[str] = []
+        with pytest.raises(OutageError):
+            await link.ask(says(answer, after=0.05), soon(0.01), partial(late.append, "late"))
+        assert late == []
+        await asyncio.sleep(0.1)
+        assert late == ["late"]
     assert not link._asking
 
 
-async def test_the_answer_to_who_was_cancelled_is_handed_on(link: RedisLink) -> None:
-    late: list[int] = []
-    asking = asyncio.create_task(link.ask(says(7, after=0.05), soon(), late.append))
+async def test_the_end_of_an_answer_to_who_was_cancelled_is_told(link: RedisLink) -> None:
+    late: list[str] = []
+    asking = asyncio.create_task(link.ask(says(7, after=0.05), soon(), lambda: late.append("late")))
     await asyncio.sleep(0.01)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
     await asyncio.sleep(0.1)
-    assert late == [7]
+    assert late == ["late"]
+
+
+async def test_what_is_owed_is_told_when_there_is_an_answer_again(link: RedisLink) -> None:
+    told = Told()
+    for number in range(3):
+        owe = partial(link.owe, told.change(number))
+        with pytest.raises(OutageError):
+            await link.ask(says(OutageError("ConnectionError")), soon(), owe)
+        back(link)
+    await asyncio.sleep(0.01)
+    assert told.told == []
+    await link.ask(says(7), soon(), unused)
+    await link.close()
+    assert told.told == [0, 1, 2]
+
+
+async def test_a_late_answer_pays_what_is_owed(link: RedisLink) -> None:
+    told = Told()
+    with pytest.raises(OutageError):
+        await link.ask(says(7, after=0.03), soon(0.01), lambda: link.owe(told.change(1)))
+    await asyncio.sleep(0.1)
+    assert told.told == [1], "also soon after a failure"
 
 
 class Told:
