@@ -10,7 +10,7 @@ PAGE = ROOT / "docs" / "metrics.md"
 
 
 def test_every_metric_that_a_module_declares_is_listed() -> None:
-    listed = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.M))
+    listed = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE))
     declared = set()
     for path in (ROOT / "relay").rglob("*.py"):
         for kind, name in re.findall(r"\b(Counter|Gauge|Histogram)\(\s*\"(relay_\w+)\"", path.read_text()):
