@@ -230,7 +230,8 @@ _FROZEN: Final = (
 )
 _OBJECT_LOST: Final = "a node gives up a message whose object it is refused, with the relay or without"
 _ANSWER_LOST: Final = (
-    "the SuperLink gives a message out once, and the answer with it may be the one that was cut"
+    "the SuperLink gives a message out once, and the answer with it may be the one that is cut before the"
+    " relay has it"
 )
 _KILLED: Final = "a killed worker may take a message with it that the SuperLink gives out once"
 
@@ -260,6 +261,7 @@ _ALL: Final = (
         "upstream-port-closed",
         f"for {CLOSED_SECONDS:.0f} s the SuperLink's port is closed",
         _close_port,
+        may_fail=_ANSWER_LOST,
     ),
     Drill(
         "breaker-opens",

@@ -90,7 +90,9 @@ class RelayProcess:
         self.write()
         what = ["-m", "relay", "serve", "-c"] if self._program is None else ["-c", self._program]
         environ = {
-            key: value for key, value in os.environ.items() if not key.startswith(("RELAY_", "PROMETHEUS_"))
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("RELAY_", "PROMETHEUS_", "GRPC_"))
         }
         environ["TMPDIR"] = str(self.temporary)
         with self.log.open("ab") as log:

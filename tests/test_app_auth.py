@@ -79,8 +79,9 @@ async def test_each_listener_asks_for_what_it_was_told_to(tmp_path: Path) -> Non
     async with running(settings(tmp_path, gone.port, **others)) as (asks, asks_nobody, drops, counts):
         assert (await ask(asks, HEARTBEAT)).body == b"unauthenticated"
         assert (await ask(asks_nobody, HEARTBEAT)).body == b"upstream_down"
+        assert (await ask(drops, HEARTBEAT)).body == b"stranger"  # a close would silence a legacy node
         with pytest.raises(CutError):
-            await ask(drops, HEARTBEAT)
+            await ask(drops, PULL)
         assert (await ask(counts, HEARTBEAT)).body == b"upstream_down"
         assert (await ask(drops, HEARTBEAT, b"", BASIC)).body == b"upstream_down"
 

@@ -24,6 +24,7 @@ import mmap
 import os
 import struct
 import time
+import weakref
 import zlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -67,6 +68,7 @@ class HostRecords:
         self._file = os.memfd_create("flwr-relay", os.MFD_CLOEXEC)
         os.ftruncate(self._file, length)
         self._memory = mmap.mmap(self._file, length)
+        weakref.finalize(self, os.close, self._file)
 
     def get(self, key: bytes) -> bytes | None:
         """Return the value of `key`; None if there is none (any more)."""

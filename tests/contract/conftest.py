@@ -55,7 +55,7 @@ RELEASES = (
 )
 
 #: What flwr < 1.40 calls them.
-_TRANSPORTS = {Wire.REST_V0: "rest", Wire.GRPC: "grpc-rere", Wire.GRPC_ADAPTER: "grpc-adapter"}
+TRANSPORTS = {Wire.REST_V0: "rest", Wire.GRPC: "grpc-rere", Wire.GRPC_ADAPTER: "grpc-adapter"}
 
 
 class Observed(NamedTuple):
@@ -121,7 +121,7 @@ def _from_json(text: str) -> Observed:
 async def _observe_all(release: Release, python: Path, directory: Path) -> Observed:
     slots = asyncio.Semaphore(PARALLEL)
     outcomes: dict[Case, Observation] = {}
-    async with Nodes(python, PROBE, directory, _TRANSPORTS.get(release.wire, "")) as nodes:
+    async with Nodes(python, PROBE, directory, TRANSPORTS.get(release.wire, "")) as nodes:
 
         async def one(case: Case) -> None:
             async with slots:

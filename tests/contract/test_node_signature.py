@@ -16,7 +16,7 @@ from relay.pipeline import compose
 from relay.policies import Auth, Inventory, Quarantine
 from relay.stores.nodes import Nodes as Known
 from relay.stores.quarantine_list import QuarantineList, parse
-from tests.contract.conftest import PROBE
+from tests.contract.conftest import PROBE, TRANSPORTS
 from tests.contract.nodes import Nodes, Outcome, observe
 from tests.contract.superlink import NODE_ID, SuperLink
 
@@ -72,7 +72,7 @@ async def test_a_node_signs_in_waits_in_quarantine_and_goes_on(
             return parse(f"node {NODE_ID}")
 
     superlink = Guarded(wire, known, Listed(), signed=wire is Wire.HTTP_V1)
-    async with Nodes(python, PROBE, tmp_path, "") as nodes:
+    async with Nodes(python, PROBE, tmp_path, TRANSPORTS.get(wire, "")) as nodes:
         seen = await observe(nodes, "node", superlink, 60.0)
         version = nodes.version
     assert seen.outcome is Outcome.CONTINUES, seen

@@ -16,7 +16,7 @@ from relay.refusal import NodeGone
 from relay.stores.host import HostTable
 from relay.stores.kept import PIECE
 from relay.stores.records import HostRecords
-from tests.contract.conftest import PROBE, RELEASES, Release
+from tests.contract.conftest import PROBE, RELEASES, TRANSPORTS, Release
 from tests.contract.faults import CONTROLS
 from tests.contract.nodes import Nodes, Outcome, observe
 from tests.contract.superlink import RUNS, SuperLink
@@ -97,7 +97,7 @@ def run(
     python = flower(release.requirement) / "python" if release.requirement else sys.executable
 
     async def observed() -> Observation:
-        async with Nodes(python, PROBE, directory, "") as nodes:  # type: ignore[arg-type]
+        async with Nodes(python, PROBE, directory, TRANSPORTS.get(release.wire, "")) as nodes:  # type: ignore[arg-type]
             return await observe(nodes, "node", superlink)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
