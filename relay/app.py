@@ -281,7 +281,7 @@ def policies(
         Inventory: Inventory(enabled=settings.inventory.enabled, nodes=nodes, keep=settings.inventory.keep),
         Maintenance: Maintenance(enabled=settings.mode == "maintenance"),
         Auth: Auth(),
-        Validate: Validate(check_calls=settings.limits.check_calls),
+        Validate: Validate(check_calls=settings.limits.check_calls and settings.mode != "pass_through"),
         Quarantine: _quarantine(settings.quarantine),
         Redelivery: Redelivery(
             enabled=redelivery.enabled,
@@ -368,7 +368,9 @@ def _tls(settings: Settings, table: HostTable) -> Tls:
         ListenerTls(str(listener.address), listener.tls, counting) if listener.tls is not None else None
         for listener in settings.listeners
     ]
-    return Tls(listeners, UpstreamTls(settings.upstream) if settings.upstream.url.tls else None, table)
+    # gRPC reads its files by itself, when a worker starts.
+    watched = settings.upstream.url.tls and settings.upstream.wire is not Wire.GRPC
+    return Tls(listeners, UpstreamTls(settings.upstream) if watched else None, table)
 
 
 def _certificate_header(listener: Listener) -> bytes:

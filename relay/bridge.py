@@ -125,8 +125,8 @@ def _header(key: str) -> _Name | None:
 @lru_cache(maxsize=512)
 def _metadata_key(name: bytes) -> _Key | None:
     key = name.decode("latin-1").lower()
-    if key in _HTTP_ONLY or key.startswith("grpc-") or not _NAME.fullmatch(key):
-        return None
+    if key in _HTTP_ONLY or key in _PROOF or key.startswith("grpc-") or not _NAME.fullmatch(key):
+        return None  # in HTTP a proof has other names, and only those were looked at
     if f"{key}{_BIN}" in _PROOF:
         key = f"{key}{_BIN}"
     return _Key(key, key.endswith(_BIN))

@@ -149,13 +149,19 @@ def peek(method: Method, head: bytes) -> Ids:
     node: int | None = None
     run: int | None = None
     obj: str | None = None
+    seen = 0
     try:
         for number, value in fields(head):
-            if number == at.node and at.node:
+            if not number or number not in (at.node, at.run, at.object):
+                continue
+            if seen >> number & 1:
+                return Ids()  # no node repeats one, and who reads it next may take the other
+            seen |= 1 << number
+            if number == at.node:
                 node = _node_id(value) if at.node_is_message else _uint(value)
-            elif number == at.run and at.run:
+            elif number == at.run:
                 run = _uint(value)
-            elif number == at.object and at.object and isinstance(value, bytes):
+            elif isinstance(value, bytes):
                 obj = value.decode("ascii")
     except (TruncatedError, UnicodeDecodeError):
         pass
@@ -167,8 +173,11 @@ def _uint(value: int | bytes) -> int | None:
 
 
 def _node_id(value: int | bytes) -> int | None:
+    found: int | None = None
     if isinstance(value, bytes):
         for number, inner in fields(value):
             if number == 1:
-                return _uint(inner)
-    return None
+                if found is not None:
+                    return None
+                found = _uint(inner)
+    return found

@@ -57,8 +57,8 @@ class NodeKeys(Section):
     name."""
 
     window: Seconds = 300.0
-    """How old a signature may be, apart from `node_keys.ahead`. A SuperLink takes 300 s; a shorter time shuts
-    down nodes with a slow clock or line."""
+    """How old a signature may be, apart from `node_keys.ahead`. A SuperLink takes 300 s; a shorter time
+    keeps out nodes with a slow clock or line; none is shut down for it."""
 
     ahead: Seconds = 5.0
     """By how much the clock of a node may be wrong. A SuperLink takes 5 s."""

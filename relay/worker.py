@@ -27,6 +27,7 @@ from relay.wires.http_server import NodeServer
 if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
+    from pathlib import Path
 
     from relay.app import Relay
     from relay.settings import Listener, Settings
@@ -85,7 +86,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         _prepare_metrics()
         # gRPC's own lines are no JSON, and what it complains of becomes a Refusal.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        os.environ["GRPC_VERBOSITY"] = "NONE"  # flwr may have set another one
         from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
         settings: Settings = self.wsgi
@@ -148,7 +149,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
         return listening
 
     async def _files_are_sound(self, settings: Settings) -> bool:
-        """Wait until the files of TLS can be used; return whether they can, False if told to stop first.
+        """Wait until all files that secrets are in can be used; return whether, False if told to stop first.
 
         They could when the master read the settings. A worker that is started while they are being renewed
         must wait for that: gunicorn would end the relay for a worker that cannot start.
@@ -156,9 +157,12 @@ class RelayWorker(Worker):  # type: ignore[misc]
         said = None
         sections = [listener.tls for listener in settings.listeners if listener.tls is not None]
         upstream = settings.upstream if settings.upstream.url.tls else None
-        while (fault := tls_files.fault(sections, upstream)) is not None and not self.stop.is_set():
+        pepper = settings.keys.pepper_file
+        while (
+            fault := tls_files.fault(sections, upstream) or _unreadable(pepper)
+        ) is not None and not self.stop.is_set():
             if fault != said:
-                log.error("TLS files refused; waiting for others", problem=fault)
+                log.error("files refused; waiting for others", problem=fault)
                 said = fault
             self.notify()
             await asyncio.sleep(1.0)
@@ -182,12 +186,27 @@ class RelayWorker(Worker):  # type: ignore[misc]
             await asyncio.sleep(1.0)
 
 
+def _unreadable(path: Path | None) -> str | None:
+    """Return why a file cannot be read, None if it can or there is none."""
+    try:
+        if path is not None:
+            path.read_bytes()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
+
+
 async def _listen_grpc(front: GrpcFront, listener: Listener, settings: Settings) -> GrpcServer:
     from relay.wires import grpc_tls  # noqa: PLC0415 - gRPC bears no fork, and is imported where it is spoken
     from relay.wires.grpc_server import CONNECTION_SECONDS, GrpcServer  # noqa: PLC0415
 
     section = listener.tls
-    credentials = section and grpc_tls.server_credentials([(section.certificate, section.key)])
+    credentials = section and grpc_tls.server_credentials(
+        [
+            (section.certificate, section.key),
+            *((pair.certificate, pair.key) for pair in section.certificates),
+        ]
+    )
     server = GrpcServer(
         front,
         str(listener.address),

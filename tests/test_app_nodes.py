@@ -78,11 +78,11 @@ async def test_signatures_are_verified_where_it_was_chosen(
     ("rules", "age", "expected"),
     [
         ({}, 304, "upstream_down:"),
-        ({}, 306, "unauthenticated:clock"),
+        ({}, 306, "upstream_down:clock"),
         ({"window": "10s"}, 14, "upstream_down:"),
-        ({"window": "10s"}, 16, "unauthenticated:clock"),
+        ({"window": "10s"}, 16, "upstream_down:clock"),
         ({"ahead": "60s"}, -50, "upstream_down:"),
-        ({}, -50, "unauthenticated:clock"),
+        ({}, -50, "upstream_down:clock"),
     ],
 )
 async def test_the_window_is_the_one_that_was_chosen(

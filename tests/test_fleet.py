@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.fleet import BY_PATH, PEEK_BYTES, Ids, Kind, Method, peek
+from relay.wireformat import encode_bytes, encode_uint
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -335,15 +336,16 @@ def test_what_was_found_before_the_bytes_break_is_kept() -> None:
     assert peek(Method.PULL_OBJECT, head) == Ids(5, 7, None)
 
 
-def test_of_an_id_given_twice_the_last_counts_as_in_protobuf() -> None:
-    twice = b"\x10\x07" + b"\x10\x08"
-    parsed = GetMessageClass(request_of(Method.GET_RUN))()
-    parsed.ParseFromString(twice)
-    assert peek(Method.GET_RUN, twice).run_id == parsed.run_id == 8  # type: ignore[attr-defined]
-
-
 def test_a_varint_longer_than_64_bits_wraps_as_in_protobuf() -> None:
     wide = b"\x10" + b"\xff" * 9 + b"\x7f"
     parsed = GetMessageClass(request_of(Method.GET_RUN))()
     parsed.ParseFromString(wide)
     assert peek(Method.GET_RUN, wide).run_id == parsed.run_id  # type: ignore[attr-defined]
+
+
+def test_an_id_that_stands_there_twice_is_none() -> None:
+    twice = encode_bytes(1, encode_uint(1, 111)) + encode_bytes(1, encode_uint(1, 222))
+    inside = encode_bytes(1, encode_uint(1, 111) + encode_uint(1, 222))
+    assert peek(Method.PULL_MESSAGES, twice) == Ids()
+    assert peek(Method.PULL_MESSAGES, inside).node_id is None
+    assert peek(Method.REGISTER_NODE, encode_bytes(1, b"a key")) == Ids()

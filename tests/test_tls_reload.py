@@ -182,7 +182,7 @@ def test_a_worker_that_starts_while_the_files_are_broken_waits_for_them(
         kept = key.read_bytes()
         key.write_bytes(b"garbage")
         process.workers()[0].kill()
-        process.until(lambda: process.count("TLS files refused; waiting for others") == 1)
+        process.until(lambda: process.count("files refused; waiting for others") == 1)
         calls = nodes.calls
         process.until(lambda: nodes.calls > calls + 20)  # by the other worker
         key.write_bytes(kept)
@@ -194,7 +194,7 @@ def test_a_stop_does_not_wait_for_files(tmp_path: Path, authority: Authority) ->
     with relay(tmp_path, authority, workers=1) as process:
         authority.files("relay")[1].write_bytes(b"garbage")
         process.workers()[0].kill()
-        process.until(lambda: process.count("TLS files refused; waiting for others") == 1)
+        process.until(lambda: process.count("files refused; waiting for others") == 1)
         assert process.stop() == 0
 
 

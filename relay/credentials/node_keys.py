@@ -168,10 +168,10 @@ class NodeKeys:
         """Return whose key this call shows, without a look at the signature; a SuperLink will look at it.
 
         Raises:
-            Refusal: UNAUTHENTICATED, with the cause `missing` (there is no proof), `malformed`, `not_allowed`
-            or
-                `clock` (its timestamp is too old, or ahead of this host's clock); UPSTREAM_DOWN if nobody
-                knows which keys are allowed, because the list could not be read yet.
+            Refusal: UNAUTHENTICATED, with the cause `missing` (there is no proof), `malformed` or
+                `not_allowed`; UPSTREAM_DOWN with the cause `clock` (its timestamp is too old, or ahead of
+                this host's clock, which may be wrong itself), or if nobody knows which keys are allowed,
+                because the list could not be read yet.
         """
         try:
             proof = call.proof
@@ -205,7 +205,8 @@ class NodeKeys:
             raise _wrong("malformed", "a timestamp that is not ISO 8601 with an offset") from None
         if not -self._ahead < age < self._oldest:
             way = f"{age:.1f} s old" if age > 0 else f"{-age:.1f} s ahead of this host's clock"
-            raise _wrong("clock", f"the signature is {way}")
+            # It may be this host's clock that is wrong, and a 401 would then end every node that signs.
+            raise Refusal(Reason.UPSTREAM_DOWN, f"the signature is {way}", by=NAME, sent=False, cause="clock")
 
 
 def _wrong(cause: str, detail: str) -> Refusal:

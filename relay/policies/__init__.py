@@ -72,8 +72,8 @@ ORDER = (
 #: What stays in `mode: pass_through`.
 OBSERVERS = (Metrics, AccessLog, Inventory)
 
-#: What stays there as well: an emergency must not open a port to strangers.
-GUARDS = (Auth, Quarantine)
+#: What stays there as well: an emergency must not open a port to strangers, nor to what is no sound call.
+GUARDS = (Auth, Validate, Quarantine)
 
 #: And behind those: without it some nodes could not be served at all.
 BRIDGES = (Signing,)

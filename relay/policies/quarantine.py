@@ -61,6 +61,8 @@ class Quarantine:
     async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         """Pass the call on, or raise FORBIDDEN."""
         listed = self._listed.value if self._listed else None
+        if listed is None and self._listed is not None and self._enforce:
+            raise Refusal(Reason.UPSTREAM_DOWN, "the list could not be read yet", by=self.name, sent=False)
         if listed is not None and listed.entries and (entry := await _entry(call, listed)) is not None:
             QUARANTINED.labels(call.method.rpc, "true" if self._enforce else "false").inc()
             detail = f"{entry.kind} in quarantine{f': {entry.reason}' if entry.reason else ''}"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 import structlog
 from prometheus_client import Counter
 
-from relay.call import Call, Payload, Reply, Source, View
+from relay.call import Call, Ending, Payload, Reply, Source, View
 from relay.fleet import PEEK_BYTES, Method, peek
 from relay.refusal import Reason, Refusal
 from relay.wireformat import TruncatedError, encode_bytes, encode_uint, fields, uint
@@ -112,7 +112,8 @@ class Repair:
                 return self._success(call)
             if not _is_ambiguous(refusal):
                 raise
-            self._remember(attempt)
+            if refusal.status != 500:  # which would be taken for its own reason, were it said twice
+                self._remember(attempt)
         try:
             return await self._registered(call, await next(call), attempt)
         except Refusal as refusal:
@@ -169,8 +170,9 @@ class Repair:
             + encode_uint(2, ids.run_id)
             + encode_bytes(3, ids.object_id.encode())
         )
+        asking = call.beside(Method.PULL_OBJECT, question)
         try:
-            reply = await next(call.beside(Method.PULL_OBJECT, question))
+            reply = await next(asking)
         except Refusal:
             return False
         try:
@@ -180,6 +182,7 @@ class Repair:
             return False
         finally:
             reply.payload.close()
+            asking.end(Ending("ok", seconds=0.0, source=reply.source))
         return reply.status == 200 and answer == encode_uint(1, 1) + encode_uint(2, 1)
 
     def _stored(self, call: Call) -> Reply:

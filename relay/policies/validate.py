@@ -20,7 +20,7 @@ from prometheus_client import Counter
 from relay.call import Call, Reply, View
 from relay.fleet import PEEK_BYTES, Kind, Method, peek
 from relay.refusal import Reason, Refusal
-from relay.wireformat import well_formed
+from relay.wireformat import TruncatedError, fields, well_formed
 
 if TYPE_CHECKING:
     from relay.pipeline import Handler
@@ -105,11 +105,15 @@ def fault(method: Method, data: bytes, *, whole: bool) -> str | None:
         whole: whether it is all of it.
 
     Returns:
-        `protobuf`, `node_id`, `run_id` or `object_id`: what is absent, zero or of the wrong form.
+        `protobuf`, `node_id`, `run_id` or `object_id`: what is absent, zero or of the wrong form; `repeated`:
+        an id stands there twice, and who reads it next may take the other one.
     """
     begins = _BEGINS.get(method)
     if begins is not None and (known := begins(data)) is not None:
-        return "protobuf" if whole and not well_formed(data[known.end() :]) else None
+        rest = data[known.end() :]
+        if whole and not well_formed(rest):
+            return "protobuf"
+        return "repeated" if rest and _repeats(method, rest) else None
     if whole and not well_formed(data):
         return "protobuf"
     if method.kind is Kind.JOIN:
@@ -123,3 +127,12 @@ def fault(method: Method, data: bytes, *, whole: bool) -> str | None:
     if at.object and method is not Method.GET_FAB and not _OBJECT_ID.fullmatch(found.object_id or ""):
         return "object_id"
     return None
+
+
+def _repeats(method: Method, rest: bytes) -> bool:
+    """Return whether what follows the ids of a request has one of them again."""
+    ids = {method.ids.node, method.ids.run, method.ids.object} - {0}
+    try:
+        return any(number in ids for number, _ in fields(rest))
+    except TruncatedError:
+        return False

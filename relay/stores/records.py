@@ -76,8 +76,11 @@ class HostRecords:
         bucket = word % self._buckets
         found, sound = self._look(bucket, word)
         if not sound:
-            with self._locked(bucket):
-                found, _ = self._look(bucket, word)
+            try:
+                with self._locked(bucket):
+                    found, _ = self._look(bucket, word)
+            except BusyError:
+                return None  # who writes it was stopped in the middle
         return found[1] if found else None
 
     def update(self, key: bytes, change: Callable[[bytes | None], Kept | None]) -> bytes | None:

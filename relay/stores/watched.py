@@ -47,7 +47,8 @@ class Watched(Generic[T]):
     """The content of one file.
 
     Attributes:
-        value: the content as it was last read whole and right; at first what the file had then, or `absent`.
+        value: the content as it was last read whole and right, or `absent`; None if the file was there from
+            the beginning, and could never be used.
     """
 
     def __init__(self, path: Path, parse: Callable[[str], T], *, name: str, absent: T) -> None:
@@ -65,7 +66,7 @@ class Watched(Generic[T]):
         self._name = name
         self._absent = absent
         self._read = False
-        self.value = absent
+        self.value: T | None = None
         self._known: _Stamp | None = None
         self._busy = False
         self._known = self._stamp()

@@ -165,7 +165,8 @@ class Breaker:
             pass  # the caller raises it
 
     async def _probe(self, call: Call) -> Reply:
-        if not self.probe_is_due or not self._table.claim(self._claim):
+        # A body that is still arriving may take hours, in which all other calls would be refused.
+        if call.payload.data is None or not self.probe_is_due or not self._table.claim(self._claim):
             raise self._refusal()
         try:
             # While the claim was another's, its probe may have closed the breaker, or opened it anew.

@@ -29,17 +29,17 @@ class _Files:
             state = self._state()
             if state == self._seen:
                 return None
-            self._seen = state
             configuration = self._read()
         except OSError as error:
             log.warning("a certificate cannot be read; the old one stays", error=str(error))
             return None
+        self._seen = state
         log.info("certificates changed", files=[str(certificate) for certificate, _ in self._pairs])
         return configuration
 
-    def _state(self) -> list[tuple[int, int, int]]:
+    def _state(self) -> list[tuple[int, int, int, int]]:
         stats = [path.stat() for pair in self._pairs for path in pair]
-        return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
+        return [(stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size) for stat in stats]
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration(

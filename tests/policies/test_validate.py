@@ -298,3 +298,13 @@ def test_hostile_bytes_cost_no_more_than_their_length() -> None:
                 _PLAIN[method](data)
             fault(method, data[:PEEK_BYTES], whole=False)
     assert time.process_time() - started < 1.0
+
+
+@pytest.mark.parametrize("between", [b"", encode_bytes(15, b"x" * 300)])
+@pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.PUSH_MESSAGES, Method.SEND_NODE_HEARTBEAT])
+def test_a_request_for_two_nodes_is_refused(method: Method, between: bytes) -> None:
+    """protobuf would take the last one, and whoever looks at the first bytes the first."""
+    node = encode_bytes(1, encode_uint(1, 111))
+    other = encode_bytes(1, encode_uint(1, 222))
+    assert fault(method, node + between + other, whole=True) in ("repeated", "node_id")
+    assert fault(method, node + between, whole=True) is None
