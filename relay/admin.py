@@ -55,6 +55,6 @@ def application(relay: Relay, shared: Shared) -> web.Application:
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
-    admin_nodes.add_routes(app, shared.nodes)
+    admin_nodes.add_routes(app, relay.across or shared.nodes)
     admin_breakers.add_routes(app, relay.pool)
     return app

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from relay.stores.nodes import NodeRecord, Nodes
+    from relay.stores.nodes_redis import NodesAcrossHosts
 
 #: Nodes that are shown of a list unless it is told how many, and at most.
 SHOWN, MOST_SHOWN = 1000, 10_000
@@ -75,7 +76,7 @@ class _Query(NamedTuple):
         )
 
 
-def add_routes(app: web.Application, nodes: Nodes) -> None:
+def add_routes(app: web.Application, nodes: Nodes | NodesAcrossHosts) -> None:
     """Have the admin application answer questions about nodes."""
 
     async def listed(request: web.Request) -> web.Response:
@@ -88,7 +89,9 @@ def add_routes(app: web.Application, nodes: Nodes) -> None:
 
     async def one(request: web.Request) -> web.Response:
         text = request.match_info["node_id"]
-        record = nodes.get(int(text)) if re.fullmatch(r"[0-9]{1,20}", text, re.ASCII) else None
+        record = None
+        if re.fullmatch(r"[0-9]{1,20}", text, re.ASCII):
+            record = await asyncio.to_thread(nodes.get, int(text))  # it may be in Redis
         if record is None:
             return web.json_response({"error": f"no node {text[:40]} was seen"}, status=404)
         return web.json_response(describe(record, time.monotonic()))
@@ -168,7 +171,7 @@ class _Collector:
         )
 
 
-def _list(nodes: Nodes, query: _Query) -> dict[str, Any]:
+def _list(nodes: Nodes | NodesAcrossHosts, query: _Query) -> dict[str, Any]:
     now = time.monotonic()
     found = [record for record in nodes.all() if query.finds(record, now)]
     found.sort(key=lambda record: (record.node_id, record.first))  # the pages of a list must fit together

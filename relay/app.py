@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 from relay.call import Call, Reply, Wire
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from relay.policies.shed import Limit
     from relay.settings import Listener, Settings
     from relay.stores.kept_hosts import Redis
+    from relay.stores.nodes_redis import NodesAcrossHosts
     from relay.upstreams.balance import Balance
     from relay.wires.grpc_fleet import GrpcFront
 
@@ -90,6 +93,7 @@ class Relay:
         tls: what its listeners and its upstream have of TLS.
         prepare: to be awaited before calls are served; never raises.
         close: to be awaited at the end.
+        across: the nodes of all hosts, if they are shared.
     """
 
     fronts: tuple[Front | GrpcFront, ...]
@@ -98,6 +102,7 @@ class Relay:
     tls: Tls = NO_TLS
     prepare: Callable[[], Awaitable[None]] = _nothing
     close: Callable[[], Awaitable[None]] = _nothing
+    across: NodesAcrossHosts | None = None
 
 
 def build(
@@ -134,6 +139,9 @@ def build(
     ticks += [policy.sample for policy in chosen if isinstance(policy, Inventory)]
     ticks += [policy.sample for policy in chosen if isinstance(policy, Shed)]
     ticks += [tls.tick, pool.tick]
+    across = _across(settings, nodes)
+    if across is not None:
+        ticks.append(partial(across.tick, table))
     sharing = [policy for policy in chosen if isinstance(policy, Redelivery)]
     limits = _limits(settings.limits)
     fronts = tuple(
@@ -158,7 +166,7 @@ def build(
         await keys.close()
         await pool.close()
 
-    return Relay(fronts, pool, tick, tls, prepare, close)
+    return Relay(fronts, pool, tick, tls, prepare, close, across)
 
 
 def _front(
@@ -235,6 +243,17 @@ def _kept_redis(section: settings_of.Redelivery) -> Redis | None:
     from relay.stores.kept_redis import KeptRedis  # noqa: PLC0415 - imports a library that few need
 
     return KeptRedis(section.redis.text, str(section.redis))
+
+
+def _across(settings: Settings, nodes: Nodes | None) -> NodesAcrossHosts | None:
+    section = settings.inventory
+    if not section.enabled or section.redis is None or nodes is None:
+        return None
+    from relay.stores.nodes_redis import NodesAcrossHosts  # noqa: PLC0415 - few share them
+
+    # Several relays may run on one host.
+    host = f"{gethostname()}:{settings.admin.address.port}"
+    return NodesAcrossHosts(nodes, section.redis.text, str(section.redis), host=host, keep=section.keep)
 
 
 def _key_table(section: settings_of.Keys) -> KeyTable:

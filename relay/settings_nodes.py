@@ -11,7 +11,7 @@ from relay.credentials import allowed_keys
 from relay.settings_files import StoreFile
 from relay.settings_section import Section
 from relay.settings_source import Key, show
-from relay.settings_types import Doc, Flag, Seconds
+from relay.settings_types import Doc, Flag, RedisServer, Seconds
 from relay.stores import lists, quarantine_list
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class Inventory(Section):
     keep: Seconds = 86400.0
     """How long a node is kept after its last call. One that the SuperLink never accepted is kept for 10
     minutes at most."""
+
+    redis: Annotated[RedisServer | None, Doc("URL", secret=True)] = None
+    """Redis for relays on several hosts, as in `keys.redis`: each writes its nodes there every 10 s, and
+    shows those of all. Without it a host shows the nodes that called it."""
 
 
 def conflicts(settings: "Settings") -> Iterator[Found]:

@@ -13,6 +13,7 @@ import pytest
 from relay.credentials.node_keys import read_key
 from relay.fleet import Method
 from tests.load import superlink
+from tests.redis_server import RedisServer
 from tests.relay_process import RelayProcess
 from tests.served import request
 from tests.signing import Node
@@ -160,3 +161,27 @@ async def test_each_worker_shows_the_nodes_of_all(tmp_path: Path) -> None:
             assert (await asyncio.to_thread(relay.get, "/nodes?limit=0"))[1].count('"total": 20') == 1
             shown = await nodes(relay, "show", "7")
             assert '"version": "1.42.0"' in shown
+
+
+async def test_each_host_shows_the_nodes_of_all(tmp_path: Path) -> None:
+    """Two relays stand for two hosts; what one is called by, the other shows when it was written to Redis."""
+    node = Node(17)
+    for name in ("one", "other", "redis"):
+        (tmp_path / name).mkdir()
+    with RedisServer(tmp_path / "redis") as redis:
+        async with superlink() as (port, _):
+            shared: dict[str, Any] = {"inventory": {"redis": redis.url}}
+            one = RelayProcess(tmp_path / "one", port, workers=1, **shared)
+            other = RelayProcess(tmp_path / "other", port, workers=1, **shared)
+            try:
+                await asyncio.to_thread(one.start)
+                await asyncio.to_thread(other.start)
+                assert (await pull(one, node))[0] == 200
+                await asyncio.to_thread(other.until, lambda: other.get("/nodes/17")[0] == 200, 30)
+                redis.kill()
+                assert (await asyncio.to_thread(one.get, "/nodes/17"))[0] == 200
+                assert (await asyncio.to_thread(other.get, "/nodes/17"))[0] == 404
+                assert (await pull(other, node))[0] == 200
+            finally:
+                for relay in (one, other):
+                    await asyncio.to_thread(relay.end)
