@@ -526,9 +526,10 @@ async def test_in_pass_through_what_the_superlink_says_is_passed_on_as_it_is(
             assert answer.one(b"retry-after") == b"7"
 
 
-async def test_in_pass_through_no_policy_is_left_but_the_observers(tmp_path: Path) -> None:
+async def test_in_pass_through_no_policy_is_left_but_observers_and_guards(tmp_path: Path) -> None:
     relay = RelayProcess(tmp_path, 1)
-    for mode, between in (("normal", None), ("pass_through", ["metrics", "access_log", "inventory"])):
+    left = ["metrics", "access_log", "inventory", "validate"]
+    for mode, between in (("normal", None), ("pass_through", left)):
         relay.settings["mode"] = mode
         relay.write()
         said = (await off(command, relay, "explain")).stdout.splitlines()[1:]
