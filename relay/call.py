@@ -244,7 +244,9 @@ class Call:
     """
 
     __slots__ = (
+        "_ended",
         "_endings",
+        "_origin",
         "_proof",
         "certificate",
         "deadline",
@@ -288,6 +290,8 @@ class Call:
         self.proved = False
         self._proof: NodeProof | None = None
         self._endings: list[Callable[[Call, Ending], None]] = []
+        self._ended: Ending | None = None
+        self._origin: Call | None = None
 
     @property
     def proof(self) -> NodeProof | None:
@@ -301,22 +305,32 @@ class Call:
         return self._proof
 
     def beside(self, method: Method, request: bytes) -> Call:
-        """Return another call of the same node, with all that is known of it; nobody is told of its end."""
+        """Return another call of the same node, with all that is known of it. It ends when this one does."""
         other = copy.copy(self)
+        other._origin, other._endings = self, []  # noqa: SLF001 - they are of this class
         other.method = method
         other.payload = Payload(request)
         other.fault = None
-        other._endings = []  # noqa: SLF001 - it is of this class
         return other
 
     def on_end(self, tell: Callable[[Call, Ending], None]) -> None:
-        """Have `tell` called once, when the last byte of the answer was written or the call was given up."""
-        self._endings.append(tell)
+        """Have `tell` called once, when the last byte of the answer was written or the call was given up.
+
+        At once, if that is over: what is done for a node that has left must still be undone.
+        """
+        if self._origin is not None:
+            self._origin.on_end(tell)
+        elif self._ended is not None:
+            tell(self, self._ended)
+        else:
+            self._endings.append(tell)
 
     def end(self, ending: Ending) -> None:
         """For the wire: tell everybody who asked how the call ended. Only the first time counts."""
-        endings, self._endings = self._endings, []
-        for tell in endings:
+        if self._ended is not None:
+            return
+        self._ended = ending
+        for tell in self._endings:
             tell(self, ending)
 
 

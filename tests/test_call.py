@@ -333,3 +333,23 @@ def test_another_call_of_the_same_node_differs_in_what_it_asks_alone(make_call: 
     assert (call.method, call.payload.data) == (Method.PUSH_OBJECT, b"object")
     call.end(Ending("ok", seconds=1))
     assert len(told) == 1
+
+
+def test_who_asks_after_the_end_is_told_at_once(make_call: Callable[..., Call]) -> None:
+    call = make_call(Method.PULL_MESSAGES)
+    call.end(Ending("node_gone", seconds=0.1))
+    told: list[str] = []
+    call.on_end(lambda _, ending: told.append(ending.outcome))
+    assert told == ["node_gone"]
+
+
+def test_a_question_ends_with_the_call_that_it_is_asked_for(make_call: Callable[..., Call]) -> None:
+    call = make_call(Method.PUSH_OBJECT)
+    question = call.beside(Method.PULL_OBJECT, b"")
+    told: list[tuple[object, str]] = []
+    question.on_end(lambda ended, ending: told.append((ended, ending.outcome)))
+    assert told == []
+    call.end(Ending("ok", seconds=0.1))
+    assert told == [(call, "ok")]
+    question.on_end(lambda ended, ending: told.append((ended, ending.outcome)))
+    assert len(told) == 2

@@ -245,9 +245,8 @@ class Redelivery:
         Raises:
             Refusal: it gave no answer that means anything.
         """
-        asking = self._question(call, node, message)
         try:
-            reply = await next(asking)
+            reply = await next(self._question(call, node, message))
         except Refusal as refusal:
             # 500 is what a SuperLink says of a run that it does not know; another status is somebody else's.
             if refusal.reason is Reason.UPSTREAM_REJECTED and refusal.status in (403, 500):
@@ -263,7 +262,6 @@ class Redelivery:
             raise Refusal(Reason.UPSTREAM_BAD_ANSWER, by=self.name, status=reply.status)
         finally:
             reply.payload.close()
-            asking.end(Ending("ok", seconds=0.0, source=reply.source))
 
     def _question(self, call: Call, node: int, message: _Message) -> Call:
         question = (

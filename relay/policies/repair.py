@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 import structlog
 from prometheus_client import Counter
 
-from relay.call import Call, Ending, Payload, Reply, Source, View
+from relay.call import Call, Payload, Reply, Source, View
 from relay.fleet import PEEK_BYTES, Method, peek
 from relay.refusal import Reason, Refusal
 from relay.wireformat import TruncatedError, encode_bytes, encode_uint, fields, uint
@@ -170,9 +170,8 @@ class Repair:
             + encode_uint(2, ids.run_id)
             + encode_bytes(3, ids.object_id.encode())
         )
-        asking = call.beside(Method.PULL_OBJECT, question)
         try:
-            reply = await next(asking)
+            reply = await next(call.beside(Method.PULL_OBJECT, question))
         except Refusal:
             return False
         try:
@@ -182,7 +181,6 @@ class Repair:
             return False
         finally:
             reply.payload.close()
-            asking.end(Ending("ok", seconds=0.0, source=reply.source))
         return reply.status == 200 and answer == encode_uint(1, 1) + encode_uint(2, 1)
 
     def _stored(self, call: Call) -> Reply:

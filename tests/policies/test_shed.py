@@ -414,6 +414,22 @@ async def test_a_long_answer_counts_until_its_node_has_it(make_call: MakeCall, u
     await other
 
 
+async def test_the_long_answer_to_a_question_counts_until_the_call_has_ended(
+    make_call: MakeCall, upstream: Upstream
+) -> None:
+    """What repair and redelivery ask beside a call has no node of its own that would end it."""
+    policy = shed(1, most=100)
+    upstream.answer = lambda: Payload(body=Body(), size=150)
+    call = make_call(Method.PUSH_OBJECT)
+    (task,) = start(policy, upstream, call.beside(Method.PULL_OBJECT, b""))
+    await settle()
+    upstream.finish()
+    await task
+    assert policy.bytes.inside == 150
+    call.end(Ending("ok", seconds=0))
+    assert policy.bytes.inside == 0
+
+
 async def test_the_bound_of_bytes_holds_for_heartbeats_neither_when_it_is_reached(
     make_call: MakeCall, upstream: Upstream
 ) -> None:
