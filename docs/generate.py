@@ -21,7 +21,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = f"""\
 # Configuration
 
-<!-- Made by scripts/docs from relay/settings_tree.py. Change the text there. -->
+<!-- Made by scripts/docs from relay/settings_*.py. Change the text there. -->
 
 The relay starts without any settings: each has a default, or belongs to a section that is left out by
 default. Settings come from a YAML file, from environment variables, or from both; a variable wins over the

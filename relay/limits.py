@@ -34,7 +34,7 @@ def bodies(max_body: int = MAX_BODY, bounded: Mapping[Kind, int] = MAX_REQUEST) 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of one listener. See `relay.settings_tree.Limits` for what each is good for.
+    """The limits of one listener. See `relay.settings_limits.Limits` for what each is good for.
 
     Attributes:
         bodies: longest request of each method, in bytes.

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from relay import settings_auth, settings_nodes, settings_signing, settings_tls, settings_upstream
 from relay.settings_auth import Auth, Keys
+from relay.settings_limits import Limits
 from relay.settings_nodes import Inventory, NodeKeys, Quarantine
 from relay.settings_source import (
     Key,
@@ -31,7 +32,6 @@ from relay.settings_tree import (
     CARRIES,
     Admin,
     Drain,
-    Limits,
     Listener,
     Log,
     Redelivery,

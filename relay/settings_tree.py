@@ -16,9 +16,9 @@ from pydantic import (
 )
 
 from relay.call import Wire
-from relay.fleet import MAX_REQUEST, Kind
 from relay.settings_auth import Auth, Keys
 from relay.settings_files import CaFile, CertificateFile, KeyFile, PidFile
+from relay.settings_limits import Limits
 from relay.settings_nodes import Inventory, NodeKeys, Quarantine
 from relay.settings_section import Section as _Section
 from relay.settings_signing import Signing, signed_for
@@ -27,7 +27,6 @@ from relay.settings_types import (
     Address,
     BaseUrl,
     Bytes,
-    BytesOrZero,
     Doc,
     Flag,
     HostPort,
@@ -207,83 +206,6 @@ class Upstream(_Section):
     """How often a host that is a name is resolved again."""
 
     health: Health = Health()
-
-
-_CountOrZero = Annotated[int, Field(strict=True, ge=0), Doc("whole number, or 0")]
-
-
-class Requests(_Section):
-    """Longest body of the calls that carry ids and keys alone. `push-messages` and `push-object` carry what a
-    model is made of: for them `limits.max_body` counts."""
-
-    join: Bytes = MAX_REQUEST[Kind.JOIN]
-    """`register-node` and `activate-node`, which carry a public key."""
-
-    leave: Bytes = MAX_REQUEST[Kind.LEAVE]
-    """`deactivate-node` and `unregister-node`."""
-
-    heartbeat: Bytes = MAX_REQUEST[Kind.HEARTBEAT]
-    """`send-node-heartbeat`."""
-
-    pull: Bytes = MAX_REQUEST[Kind.PULL]
-    """`pull-messages`."""
-
-    fetch: Bytes = MAX_REQUEST[Kind.FETCH]
-    """`get-run`, `get-fab` and `pull-object`."""
-
-    confirm: Bytes = MAX_REQUEST[Kind.CONFIRM]
-    """`confirm-message-received`."""
-
-
-class Limits(_Section):
-    """What a call may cost. A call over a limit is answered in the way its node survives."""
-
-    max_body: Annotated[Bytes, Field(ge=1)] = 4 << 30
-    """Largest body of a call, in bytes or with a unit (`KiB`, `MiB`, `GiB`, `TiB`). It must hold the largest
-    object of a run: one array of a model and about 300 bytes. gRPC carries up to 2 GiB."""
-
-    header_count: Annotated[int, Field(strict=True, ge=20), Doc("whole number, at least 20")] = 100
-    """Most headers of a call."""
-
-    header_size: Annotated[Bytes, Field(ge=1024)] = 16 * 1024
-    """Longest header of a call, with its name, and longest first line. A proxy that passes the certificates
-    of nodes on in a header may need more."""
-
-    head_size: Annotated[Bytes, Field(ge=1024)] = 32 * 1024
-    """Longest first line and headers of a call together, at least `limits.header_size`."""
-
-    head_timeout: Seconds = 20.0
-    """Longest time from the first byte of a call to the end of its headers; then the connection is closed."""
-
-    min_rate: BytesOrZero = 1024
-    """Bytes per second that a node must send of a body, or take of an answer, while the relay waits for it;
-    0 for no such bound. Raise it if your slowest site has a better line: who keeps to this rate may hold a
-    connection to the SuperLink for as long as the body lasts."""
-
-    rate_window: Seconds = 60.0
-    """Time over which `limits.min_rate` is averaged: a line that stalls may catch up."""
-
-    connections: _CountOrZero = 0
-    """Most connections of a worker on one port, 0 for any number. The calls on a connection beyond that are
-    told to come back later, and it is closed; beyond twice that number it is closed at once."""
-
-    connections_per_peer: _CountOrZero = 0
-    """Most connections of a worker from one address, 0 for any number. Nodes behind one NAT share an address.
-    Behind a proxy of `trusted_proxies` it is the calls in flight that count, by the address that the proxy
-    tells."""
-
-    check_calls: Flag = True
-    """Refuse a call that is not what any SuperNode sends: protobuf, with the ids that its method needs.
-    `false` counts such calls, and lets them pass."""
-
-    requests: Requests = Requests()
-    """Largest body of a call or of its answer, in bytes or with a unit (`KiB`, `MiB`, `GiB`, `TiB`). It must
-    hold the largest object of a run: one array of a model and about 300 bytes. gRPC carries up to 2 GiB."""
-
-    max_held: Annotated[Bytes, Field(ge=1)] = 256 << 20
-    """Bytes of objects that one worker holds at a time where it cannot pass them on piece by piece, which is
-    with gRPC on either side; further calls wait. One object that is larger is let through alone. gRPC needs
-    up to three times as much memory for a moment."""
 
 
 class Retry(_Section):
