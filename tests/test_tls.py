@@ -379,7 +379,7 @@ import os, signal, sys
 from pathlib import Path
 from relay import server
 from relay.settings import load
-from relay.wires.http_server import NodeConnection
+from relay.wires.http_connection import NodeConnection
 original = NodeConnection.connection_made
 def connection_made(self, transport):
     original(self, transport)

@@ -21,7 +21,7 @@ from relay.fleet import BY_PATH
 from relay.limits import Peers
 from relay.refusal import NodeGone, Reason, Refusal
 from relay.wires.http_request import CONTENT_TYPE, WHOLE, Receiver, Spec
-from relay.wires.http_server import untaken
+from relay.wires.http_sockets import untaken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from relay.call import Call, Payload
     from relay.fleet import Method
     from relay.pipeline import Handler
-    from relay.wires.http_server import NodeConnection, NodeRequest
+    from relay.wires.http_connection import NodeConnection, NodeRequest
 
 log = structlog.get_logger("relay.wires.http")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiohttp.http_parser import RawRequestMessage
 
     from relay.call import Metadata, Wire
-    from relay.wires.http_server import NodeRequest
+    from relay.wires.http_connection import NodeRequest
 
 CONTENT_TYPE = b"application/protobuf"
 

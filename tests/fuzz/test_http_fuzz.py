@@ -28,7 +28,7 @@ from relay.settings import load
 from relay.stores.host import HostTable
 from relay.upstreams.pool import Pool
 from relay.wires import http as wires_http
-from relay.wires import http_server
+from relay.wires import http_connection, http_server
 from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
 from tests.sockets import CutError, Listener, Peer, chunked, connect, response
@@ -165,8 +165,9 @@ class Fuzzed(NamedTuple):
 async def fuzzed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fuzz:
     quiet = Quiet()
     monkeypatch.setattr(wires_http, "log", quiet)
+    monkeypatch.setattr(http_connection, "log", quiet)
     monkeypatch.setattr(http_server, "log", quiet)
-    monkeypatch.setattr(http_server, "LINGER", IDLE)
+    monkeypatch.setattr(http_connection, "LINGER", IDLE)
     monkeypatch.setattr("relay.policies.access_log.log", quiet)
     broken: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: broken.append(context))
