@@ -7,15 +7,11 @@ from functools import partial
 from socket import gethostname
 from typing import TYPE_CHECKING
 
+from relay import admission
 from relay.call import Call, Reply, Wire
 from relay.concurrency import AdaptiveLimit, FixedLimit
-from relay.credentials import allowed_keys
-from relay.credentials.api_key import ApiKey
-from relay.credentials.certificate import CertificateCredential, Rule
-from relay.credentials.keys.stores import key_store
 from relay.credentials.keys.table import KeyTable
 from relay.credentials.node_keys import NodeKeys
-from relay.credentials.node_signature import NodeSignature
 from relay.fleet import MAX_REQUEST, Method
 from relay.limits import Limits, bodies
 from relay.pipeline import Chain, Handler, Policy, compose
@@ -41,14 +37,12 @@ from relay.policies import (
     metrics,
 )
 from relay.quota import Quota
-from relay.stores import quarantine_list
 from relay.stores.host import HostTable
 from relay.stores.kept import PIECE
 from relay.stores.node_signers import NodeSigners
 from relay.stores.nodes import Nodes
 from relay.stores.records import HostRecords
 from relay.stores.upstreams import UpstreamTable
-from relay.stores.watched import Watched
 from relay.superlink import superlink
 from relay.tls_files import ListenerTls, UpstreamTls
 from relay.tls_metrics import NO_TLS, Handshakes, Tls
@@ -59,10 +53,9 @@ from relay.wires.http_v1 import HTTP_V1
 from relay.wires.rest_v0 import REST_V0
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator
 
     from relay import settings as settings_of
-    from relay.credentials import Credential
     from relay.policies.shed import Limit
     from relay.settings import Listener, Settings
     from relay.stores.kept_hosts import Redis
@@ -129,11 +122,11 @@ def build(
     context = tls.upstream.context if tls.upstream is not None else None
     pool = superlink(settings, upstreams or UpstreamTable(), context, held)
     counting = Metrics()
-    keys = _key_table(settings.keys)
-    node_keys = _node_keys(settings.node_keys)
+    keys = admission.key_table(settings.keys)
+    node_keys = admission.node_keys(settings.node_keys)
     chosen = policies(settings, table, counting, kept, nodes)
-    known = credentials(settings, keys, node_keys)
-    asking = [_auth(listener.auth, known) for listener in settings.listeners]
+    known = admission.credentials(settings, keys, node_keys)
+    asking = [admission.auth(listener.auth, known) for listener in settings.listeners]
     ticks: list[Callable[[], None]] = [counting.sample, keys.tick, *(auth.sample for auth in asking)]
     ticks += [node_keys.tick, *(policy.tick for policy in chosen if isinstance(policy, Quarantine))]
     ticks += [policy.sample for policy in chosen if isinstance(policy, Inventory)]
@@ -210,33 +203,6 @@ def _grpc_front(
     )
 
 
-def credentials(settings: Settings, keys: KeyTable, node_keys: NodeKeys) -> dict[str, Credential]:
-    """Return the credentials that a listener's `auth.accept` may name, by their names."""
-    rules = settings.client_certificates.allow
-    return {
-        "api_key": ApiKey(keys),
-        "node_signature": NodeSignature(node_keys, always=settings.node_keys.verify == "always"),
-        "certificate": CertificateCredential(
-            [Rule(rule.match, rule.name, rule.tenant, rule.labels) for rule in rules]
-        ),
-    }
-
-
-def _node_keys(section: settings_of.NodeKeys) -> NodeKeys:
-    allowed = None
-    if section.allow is not None:
-        allowed = Watched(section.allow, allowed_keys.parse, name="node_keys", absent=None)
-    return NodeKeys(window=section.window, ahead=section.ahead, allowed=allowed)
-
-
-def _quarantine(section: settings_of.Quarantine) -> Quarantine:
-    listed = None
-    if section.file is not None:
-        nobody = quarantine_list.QuarantineList()
-        listed = Watched(section.file, quarantine_list.parse, name="quarantine", absent=nobody)
-    return Quarantine(listed, enforce=section.enforce)
-
-
 def _kept_redis(section: settings_of.Redelivery) -> Redis | None:
     if not section.enabled or section.redis is None:
         return None
@@ -254,22 +220,6 @@ def _across(settings: Settings, nodes: Nodes | None) -> NodesAcrossHosts | None:
     # Several relays may run on one host.
     host = f"{gethostname()}:{settings.admin.address.port}"
     return NodesAcrossHosts(nodes, section.redis.text, str(section.redis), host=host, keep=section.keep)
-
-
-def _key_table(section: settings_of.Keys) -> KeyTable:
-    pepper = section.pepper_file.read_bytes().strip() if section.pepper_file else b""
-    store = key_store(section.file, section.redis.text if section.redis else None, str(section.redis))
-    # A file cannot be down: what was read of it last is right until it says otherwise.
-    return KeyTable(store, pepper=pepper, stale=section.stale if section.redis else 0.0)
-
-
-def _auth(section: settings_of.Auth, known: Mapping[str, Credential]) -> Auth:
-    return Auth(
-        tuple(tuple(known[name] for name in names) for names in section.accept),
-        drop=section.strangers == "drop",
-        forward=section.forward,
-        enforce=section.enforce,
-    )
 
 
 def _with(chosen: tuple[Policy, ...], auth: Auth) -> tuple[Policy, ...]:
@@ -301,7 +251,7 @@ def policies(
         Maintenance: Maintenance(enabled=settings.mode == "maintenance"),
         Auth: Auth(),
         Validate: Validate(check_calls=settings.limits.check_calls and settings.mode != "pass_through"),
-        Quarantine: _quarantine(settings.quarantine),
+        Quarantine: admission.quarantine(settings.quarantine),
         Redelivery: Redelivery(
             enabled=redelivery.enabled,
             max_size=redelivery.max_size,
@@ -337,9 +287,9 @@ def _signing(settings: Settings) -> Signing:
 def chains(settings: Settings) -> Iterator[tuple[Listener, Wire, Method, Chain]]:
     """Yield what `flwr-relay explain` prints: each chain as `build` composes it, but for its upstream."""
     chosen = policies(settings, HostTable(1), Metrics())
-    known = credentials(settings, KeyTable(None), NodeKeys())
+    known = admission.credentials(settings, KeyTable(None), NodeKeys())
     for listener in settings.listeners:
-        here = _with(chosen, _auth(listener.auth, known))
+        here = _with(chosen, admission.auth(listener.auth, known))
         for wire in listener.wires:
             for method in Method:
                 yield listener, wire, method, _chain(settings, here, _unreachable, method)

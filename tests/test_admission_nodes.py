@@ -1,4 +1,4 @@
-"""The settings about nodes reach the parts that they are meant for."""
+"""What the settings say of nodes, their keys and quarantine reaches the parts that it is meant for."""
 
 from __future__ import annotations
 
