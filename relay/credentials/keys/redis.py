@@ -1,18 +1,21 @@
 """API keys in Redis, for relays on several hosts.
 
     flwr-relay:keys          a hash: id of a key -> its record (`relay/credentials/keys/record.py`)
-    flwr-relay:keys:version  a text that is another one after each change
+    flwr-relay:keys:version  `<count>:<random text>`: the number of keys, and another text after each change
 
-A change is one transaction that fails if another one came between. Workers ask for the version once a second,
-and for the hash if it is not the one they know. A server without a version holds no keys *that anybody put
-there*: it lost them, or is the wrong one, and the keys of before stay in force.
+A change is one transaction that fails if another one came between. Workers ask for the version and the number
+of keys once a second, and for the hash if the version is not the one they know. A server without a version
+holds no keys *that anybody put there*: it lost them, or is the wrong one. One whose keys do not fit their
+number lost some of them: Redis evicts one of the two without the other. Either is a fault of the store, and
+the keys of before stay in force.
 
-The user of a relay needs `GET`, `HGETALL`, `MULTI` and `EXEC` on `flwr-relay:keys*`, that of `flwr-relay
-keys` also `WATCH`, `UNWATCH`, `HSET`, `HDEL` and `SET`.
+The user of a relay needs `GET`, `HLEN`, `HGETALL`, `MULTI` and `EXEC` on `flwr-relay:keys*`, that of
+`flwr-relay keys` also `WATCH`, `UNWATCH`, `HSET`, `HDEL` and `SET`.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import TYPE_CHECKING
 
@@ -30,6 +33,8 @@ VERSION = "flwr-relay:keys:version"
 #: Changes by others that may come between before a change is given up.
 ATTEMPTS = 100
 _MOST_FAULTS = 20
+#: A version without a number is of a release that wrote none.
+_COUNT = re.compile(rb"([0-9]{1,9}):")
 
 
 class RedisKeys:
@@ -46,8 +51,12 @@ class RedisKeys:
     def poll(self) -> Records | None:
         """See `KeyStore.poll`."""
         try:
-            version = self._client.get(VERSION)
+            with self._client.pipeline(transaction=True) as both:
+                both.get(VERSION)
+                both.hlen(KEYS)
+                version, held = both.execute()
             if version is not None and version == self._seen:
+                self._check(version, held)
                 return None
             with self._client.pipeline(transaction=True) as both:
                 both.get(VERSION)
@@ -55,9 +64,8 @@ class RedisKeys:
                 version, rows = both.execute()
         except (RedisError, OSError, UnicodeError) as error:  # UnicodeError: no DNS name
             raise self._down(error) from None
-        if version is None:
-            raise self._empty()
         records = self._parse(rows)
+        self._check(version, len(rows))
         self._seen = version
         return records
 
@@ -67,9 +75,12 @@ class RedisKeys:
             for _ in range(ATTEMPTS):
                 with self._client.pipeline(transaction=True) as step:
                     step.watch(VERSION, KEYS)  # type: ignore[no-untyped-call]
-                    if not init and step.get(VERSION) is None:
-                        raise self._empty()
-                    before = self._parse(step.hgetall(KEYS))  # type: ignore[arg-type]  # at once, not awaited
+                    version, rows = step.get(VERSION), step.hgetall(KEYS)
+                    if step.get(VERSION) != version:
+                        continue  # they are of before and after another change
+                    before = self._parse(rows)  # type: ignore[arg-type]  # at once, not awaited
+                    if version is not None or not init:
+                        self._check(version, len(before))  # type: ignore[arg-type]
                     after = dict(before)
                     change(after)
                     step.multi()
@@ -78,7 +89,7 @@ class RedisKeys:
                             step.hset(KEYS, key_id, record.to_json())
                     for key_id in before.keys() - after.keys():
                         step.hdel(KEYS, key_id)
-                    step.set(VERSION, secrets.token_hex(8))
+                    step.set(VERSION, f"{len(after)}:{secrets.token_hex(8)}")
                     try:
                         step.execute()
                     except WatchError:
@@ -92,11 +103,25 @@ class RedisKeys:
         """Close the connections."""
         self._client.close()
 
-    def _empty(self) -> StoreError:
-        return StoreError(
-            f"{self._shown} holds no keys: restore what it lost; if it never held any, make one with"
-            " flwr-relay keys create --init"
-        )
+    def _check(self, version: bytes | None, held: int) -> None:
+        """Raise StoreError if `held` keys are not what this version stands for."""
+        if version is None:
+            raise StoreError(
+                f"{self._shown} holds {held} keys and no {VERSION}: restore it, and have it evict nothing"
+                " (maxmemory-policy noeviction); if they are all that there were, flwr-relay keys create"
+                " --init makes another one beside them"
+                if held
+                else f"{self._shown} holds no keys: restore what it lost; if it never held any, make one with"
+                " flwr-relay keys create --init"
+            )
+        count = _COUNT.match(version)
+        if held != int(count[1]) if count else not held:
+            raise StoreError(
+                f"{self._shown} holds {held} keys where there were {int(count[1]) if count else 'some'}:"
+                " restore what it lost, and have it evict nothing (maxmemory-policy noeviction); if they are"
+                f" lost for good, delete {KEYS} and {VERSION} there, and begin anew with flwr-relay keys"
+                " create --init"
+            )
 
     def _down(self, error: Exception) -> StoreError:
         return StoreError(f"{self._shown} does not answer: {error or type(error).__name__}")

@@ -14,6 +14,8 @@ from relay.credentials.keys import redis as module
 from relay.credentials.keys.record import KeyRecord
 from relay.credentials.keys.redis import KEYS, VERSION, RedisKeys
 from relay.credentials.keys.stores import Records, StoreError
+from relay.credentials.keys.table import KeyTable
+from relay.refusal import Reason, Refusal
 from tests.redis_server import RedisServer
 from tests.relay_process import free_port
 
@@ -101,6 +103,87 @@ def test_the_last_key_may_be_taken_away(keys: RedisKeys) -> None:
     add(keys, A)
     keys.change(lambda records: records.clear())
     assert keys.poll() == {}
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (KEYS, "holds 0 keys where there were 2: restore what it lost, and have it evict nothing"),
+        (VERSION, "holds 2 keys and no flwr-relay:keys:version: restore it, and have it evict nothing"),
+    ],
+)
+def test_keys_that_were_evicted_are_an_outage_for_who_knew_them_and_for_who_starts(
+    keys: RedisKeys, other: RedisKeys, server: RedisServer, lost: str, said: str
+) -> None:
+    """A worker that took them for none would shut the whole fleet down."""
+    add(keys, A, B)
+    assert len(keys.poll() or ()) == 2
+    with server.client() as client:
+        kept = client.dump(lost)
+        client.delete(lost)
+    for store in (keys, other):
+        with pytest.raises(StoreError, match=said):
+            store.poll()
+    with pytest.raises(StoreError, match=said):
+        keys.change(lambda records: records.update(cccccccc=A))
+    with server.client() as client:
+        assert client.dbsize() == 1, "whoever finds keys lost writes nothing"
+        client.restore(lost, 0, kept)
+    assert keys.poll() is None, "they are the ones that it knows"
+    assert len(other.poll() or ()) == 2
+
+
+def test_one_key_that_was_deleted_by_hand_is_an_outage(keys: RedisKeys, server: RedisServer) -> None:
+    add(keys, A, B)
+    with server.client() as client:
+        client.hdel(KEYS, B.id)
+    with pytest.raises(StoreError, match="holds 1 keys where there were 2"):
+        keys.poll()
+
+
+def test_to_begin_anew_where_keys_are_missing_is_no_accident(keys: RedisKeys, server: RedisServer) -> None:
+    """`--init` in a script would make all relays forget all keys."""
+    add(keys, A, B)
+    with server.client() as client:
+        client.delete(KEYS)
+        with pytest.raises(StoreError, match="if they are lost for good, delete flwr-relay:keys and"):
+            add(keys, A)
+        client.delete(VERSION)
+    add(keys, A)
+    assert keys.poll() == {"aaaaaaaa": A}
+
+
+def test_keys_without_their_version_are_kept_by_who_begins_anew(keys: RedisKeys, server: RedisServer) -> None:
+    add(keys, A)
+    with server.client() as client:
+        client.delete(VERSION)
+    add(keys, B)
+    assert keys.poll() == {"aaaaaaaa": A, "bbbbbbbb": B}
+
+
+def test_a_version_without_a_number_stands_for_some_keys(keys: RedisKeys, server: RedisServer) -> None:
+    """Releases before this one wrote none."""
+    add(keys, A)
+    with server.client() as client:
+        client.set(VERSION, "0123456789abcdef")
+        assert keys.poll() == {"aaaaaaaa": A}
+        assert keys.poll() is None
+        client.delete(KEYS)
+    with pytest.raises(StoreError, match="holds 0 keys where there were some"):
+        keys.poll()
+
+
+async def test_a_worker_that_starts_with_lost_keys_refuses_nobody(server: RedisServer) -> None:
+    store = RedisKeys(server.url, "redis://shown")
+    table = KeyTable(store)
+    for prepared in (lambda client: None, lambda client: client.set(VERSION, "2:x")):
+        with server.client() as client:
+            prepared(client)
+        await table.refresh()
+        with pytest.raises(Refusal) as caught:
+            table.find(b"aaaaaaaa")
+        assert caught.value.reason is Reason.UPSTREAM_DOWN
+    await table.close()
 
 
 def test_a_server_that_was_restored_from_an_older_copy_is_read_anew(
