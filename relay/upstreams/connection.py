@@ -5,27 +5,26 @@ Rules:
        and the response was taken: what was not read yet lies in the connection itself.
     2. Bytes that nobody asked for, a response before its request was complete, or anything that is not
        HTTP end the connection, never the worker.
-    3. The rest of a long body of known length passes around the parser, which would copy it.
-    4. Reading pauses when the node is slower than the upstream, writing waits when the upstream is
+    3. Reading pauses when the node is slower than the upstream, writing waits when the upstream is
        slower than the node; neither holds more than HIGH_WATER bytes.
-    5. Whoever waits here is woken by data, by the loss of the connection, or by its timer.
+    4. Whoever waits here is woken by data, by the loss of the connection, or by its timer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING, cast
 
 import httptools
 
 from relay.refusal import Reason, Refusal
+from relay.upstreams.response import Response
 from relay.upstreams.timer import Timer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from relay.call import Metadata, Payload
+    from relay.call import Payload
 
 HIGH_WATER = 1024 * 1024
 LOW_WATER = 256 * 1024
@@ -35,64 +34,33 @@ _LAST_CHUNK = b"0\r\n\r\n"
 #: A body that is at hand and longer than this is written in pieces, so that the transport copies none of it.
 _AT_ONCE = 256 * 1024
 
-# RFC 9110 section 7.6.1, but for `connection`, whose value names more; and the request id, since the node
-# gets the relay's own.
-_NOT_PASSED = frozenset(
-    {
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"upgrade",
-        b"x-request-id",
-    }
-)
 
-
-class Connection(asyncio.Protocol):
-    """One connection: `exchange` sends a request; `status`, `headers`, `size`, `read` are the response.
+class Connection(Response):
+    """One connection: `exchange` sends a request; what `Response` holds, and `read`, is the answer.
 
     Attributes:
-        status, headers: of the response; `headers` are the end-to-end ones, without framing.
-        content_type: of the response, b"" if it has none.
-        size: bytes of the response body, None if the upstream did not say.
+        name: the upstream's address.
         idle_since: event-loop time at which its pool took it back.
     """
 
     __slots__ = (
-        "_buffered",
-        "_chunked",
         "_drained",
         "_error",
         "_head",
-        "_head_size",
         "_idle_timeout",
-        "_informational",
         "_loop",
-        "_named",
         "_on_free",
         "_on_lost",
-        "_parser",
         "_paused_reading",
         "_paused_writing",
-        "_pieces",
-        "_raw_left",
         "_reader",
-        "_received",
         "_released",
         "_request_done",
-        "_response_done",
         "_timed",
         "_timer",
         "_transport",
-        "_until_close",
-        "content_type",
-        "headers",
         "idle_since",
         "name",
-        "size",
-        "status",
     )
 
     def __init__(
@@ -111,6 +79,7 @@ class Connection(asyncio.Protocol):
             on_free: called when an exchange is over and the connection can carry the next.
             on_lost: called once, when the connection has ended, from whatever side.
         """
+        super().__init__()
         self.name = name
         self._idle_timeout = idle_timeout
         self._on_free = on_free
@@ -119,34 +88,14 @@ class Connection(asyncio.Protocol):
         self._timer = Timer(self._loop, self._expire)
         self._timed: tuple[asyncio.Future[None], str, float]
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
         self._head: asyncio.Future[None] | None = None
         self._reader: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._error: Refusal | None = None
-        self._pieces: deque[bytes] = deque()
         self._paused_reading = False
         self._paused_writing = False
-        self._informational = False
         self.idle_since = 0.0
-        self._reset()
-        self._response_done = self._request_done = self._released = True
-
-    def _reset(self) -> None:
-        self.status = 0
-        self.headers: Metadata = []
-        self.content_type = b""
-        self._named = b""
-        self.size: int | None = None
-        self._buffered = 0
-        self._head_size = 0
-        self._received = 0
-        self._raw_left = 0
-        self._chunked = False
-        self._until_close = False
-        self._request_done = False
-        self._response_done = False
-        self._released = False
+        self._request_done = self._released = True
 
     @property
     def usable(self) -> bool:
@@ -181,7 +130,8 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             raise Refusal(Reason.UPSTREAM_DOWN, "was closed", by=self.name, sent=False)
-        self._reset()
+        self._expect()
+        self._request_done = self._released = False
         self._head = self._loop.create_future()
         sender: asyncio.Task[None] | None = None
         try:
@@ -304,6 +254,7 @@ class Connection(asyncio.Protocol):
             return
         if self._raw_left:
             self._take_raw(data)
+            self._body_came()
             return
         try:
             self._parser.feed_data(data)
@@ -319,18 +270,6 @@ class Connection(asyncio.Protocol):
             self._raw_left = self.size - self._received
         self._body_came()
 
-    def _take_raw(self, data: bytes) -> None:
-        """Take the next piece of a body whose length is known."""
-        left = self._raw_left - len(data)
-        self._raw_left = max(0, left)
-        self.on_body(data if left >= 0 else data[:left])
-        if left <= 0:
-            # The parser still stands within the body.
-            keeps = self._parser.should_keep_alive()
-            self._parser = httptools.HttpResponseParser(self)
-            self._message_ended(keep=keeps and left == 0)
-        self._body_came()
-
     def _body_came(self) -> None:
         self._wake(self._reader)
         if self._buffered > HIGH_WATER and not self._paused_reading and self._transport is not None:
@@ -343,59 +282,6 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._paused_writing = False
         self._wake(self._drained)
-
-    # -- httptools callbacks ------------------------------------------------------------------------
-
-    def on_message_begin(self) -> None:
-        if self._response_done:
-            raise ValueError("a second response to one request")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.status:
-            return  # a trailer; nothing in Flower sends or reads one
-        lower = name.lower()
-        if lower == b"content-length":
-            # llhttp has refused anything but digits, and two that differ
-            self.size = int(value)
-        elif lower == b"transfer-encoding":
-            self._chunked = True
-        elif lower == b"connection":
-            self._named += b"," + value
-        elif lower not in _NOT_PASSED:
-            if lower == b"content-type":
-                self.content_type = value
-            self.headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status < 200:
-            self._informational = True
-            self.headers = []
-            self._named = b""
-            self.size = None
-            return
-        if self._named:
-            named = {token.strip().lower() for token in self._named.split(b",")}
-            self.headers = [pair for pair in self.headers if pair[0].lower() not in named]
-        if self._chunked:
-            self.size = None
-        elif self.size is None:
-            if status in (204, 304):
-                self.size = 0
-            else:
-                self._until_close = True
-        self.status = status
-
-    def on_body(self, body: bytes) -> None:
-        self._pieces.append(body)
-        self._buffered += len(body)
-        self._received += len(body)
-
-    def on_message_complete(self) -> None:
-        if self._informational:
-            self._informational = False
-            return
-        self._message_ended(keep=self._parser.should_keep_alive())
 
     # -- inside -------------------------------------------------------------------------------------
 

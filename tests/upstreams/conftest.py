@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from tests.sockets import Peer
+
+#: The head of a request, without its framing and the empty line; one without a body; one in chunks.
+HEAD = b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: sl\r\n"
+EMPTY = HEAD + b"content-length: 0\r\n\r\n"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """uvloop is what workers run on; asyncio's own loop keeps to the letter of the protocol rules."""
@@ -81,6 +88,24 @@ class Watched:
         self.connection = connection
         self.freed = freed
         self.lost = lost
+
+
+async def read_all(connection: Connection) -> bytes:
+    """Return the body of a response, read piece by piece."""
+    pieces = []
+    while piece := await connection.read():
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+async def answered(watched: Watched, upstream: Listener, answer: bytes) -> Peer:
+    """Have `answer` given to an empty request; return the upstream's end once the head is here."""
+    exchange = asyncio.ensure_future(watched.connection.exchange(EMPTY, Payload(), PATIENCE))
+    peer = await upstream.accept()
+    await peer.message()
+    peer.send(answer)
+    await exchange
+    return peer
 
 
 @pytest.fixture
