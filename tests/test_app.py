@@ -274,6 +274,22 @@ async def test_a_listener_serves_its_own_wires_alone() -> None:
         assert superlink.peers == []
 
 
+async def test_in_an_emergency_too_only_calls_go_on() -> None:
+    """What their bytes mean is not looked at then: SuperLink and nodes may be newer than the relay."""
+    chosen = {"MODE": "pass_through", "LIMITS__CHECK_CALLS": "true"}
+    async with Listener() as superlink, running(settings(superlink.port, **chosen)) as (port,):
+        answer = await ask(port, PULL, b"", b"upgrade: h2c")
+        assert (answer.status, answer.body) == (200, b"")
+        assert (await ask(port, GET_RUN, b"", b"upgrade: h2c")).body == b"malformed"
+        assert superlink.peers == []
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(ask(port, PULL, b"\xff"))
+            peer = await superlink.accept()
+            assert (await peer.message()).body == b"\xff"
+            await peer.send_all(response(b"\x08\x07"))
+            assert (await asking).body == b"\x08\x07"
+
+
 async def test_each_listener_believes_its_own_proxies_alone() -> None:
     trusting = {"LISTENERS__0__TRUSTED_PROXIES": "[127.0.0.0/8]", "LISTENERS__1__ADDRESS": "127.0.0.1:0"}
     told: list[bytes] = []

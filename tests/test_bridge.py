@@ -56,6 +56,12 @@ def test_what_is_no_base64_is_left_out() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", [b"flwr-public-key-bin", b"Flwr-Signature-Bin", b"flwr-signature-bin"])
+def test_a_proof_under_its_grpc_name_does_not_come_in_over_http(name: bytes) -> None:
+    """Nobody has looked at it, and a SuperLink might take it for the one that was looked at."""
+    assert bridge.to_metadata([(name, b64encode(SIGNATURE)), *PROOF_HEADERS]) == PROOF
+
+
 def test_names_are_lower_case_in_grpc() -> None:
     assert bridge.to_metadata([(b"X-Forwarded-For", b"192.0.2.7"), (b"Flwr-Package-Name", b"flwr")]) == [
         ("x-forwarded-for", "192.0.2.7"),

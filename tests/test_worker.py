@@ -13,6 +13,7 @@ import structlog.testing
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.refusal import Reason, Refusal
+from relay.settings import load
 from relay.worker import RelayWorker, drain
 from tests.certificates import make_pair
 from tests.served import PATIENCE, Served, echo, request
@@ -310,7 +311,7 @@ async def test_a_handshake_that_nobody_goes_on_with_does_not_hold_a_drain_up(tmp
         await asyncio.sleep(0.01)
 
 
-# -- the worker that is told to stop --------------------------------------------------------------------
+# -- a worker without a process ------------------------------------------------------------------------
 
 
 class Telling(RelayWorker):
@@ -352,3 +353,33 @@ async def test_a_worker_whose_master_is_gone_stops_and_says_so_once() -> None:
         await beat(worker, 1.5)
     assert worker.stop.is_set()
     assert [line["event"] for line in logs] == ["the master is gone; stopping"]
+
+
+async def test_a_worker_whose_pepper_cannot_be_read_waits_for_it_alive(tmp_path: Path) -> None:
+    """Ended by the error, it would end the whole relay: gunicorn does so with a worker that cannot start."""
+    pepper = tmp_path / "pepper"
+    pepper.write_bytes(b"0123456789abcdef")
+    keys = {"RELAY_KEYS__FILE": f"{tmp_path}/keys.jsonl", "RELAY_KEYS__PEPPER_FILE": str(pepper)}
+    settings = load(None, {**keys, "RELAY_LISTENERS__0__AUTH__ACCEPT": "[api_key]"})
+    pepper.unlink()
+    worker = Telling(os.getppid())
+    with structlog.testing.capture_logs() as logs:
+        waiting = asyncio.create_task(worker._files_are_sound(settings))
+        await until(lambda: worker.told == 2)
+        assert not waiting.done()
+        pepper.write_bytes(b"0123456789abcdef")
+        assert await waiting
+    assert [(line["event"], line["problem"]) for line in logs] == [
+        ("files refused; waiting for others", f"{pepper}: No such file or directory")
+    ]
+
+
+async def test_a_worker_that_is_told_to_stop_waits_for_no_file(tmp_path: Path) -> None:
+    pepper = tmp_path / "pepper"
+    pepper.write_bytes(b"0123456789abcdef")
+    keys = {"RELAY_KEYS__FILE": f"{tmp_path}/keys.jsonl", "RELAY_KEYS__PEPPER_FILE": str(pepper)}
+    settings = load(None, {**keys, "RELAY_LISTENERS__0__AUTH__ACCEPT": "[api_key]"})
+    pepper.unlink()
+    worker = Telling(os.getppid())
+    worker.stop.set()
+    assert not await worker._files_are_sound(settings)

@@ -40,8 +40,7 @@ def test_a_call_is_validated_before_anything_acts_on_it() -> None:
 
 
 def test_an_emergency_opens_no_port_to_strangers() -> None:
-    assert Auth in GUARDS
-    assert Quarantine in GUARDS
+    assert (Auth, Validate, Quarantine) == GUARDS
 
 
 def test_what_is_known_of_nodes_holds_what_they_were_refused() -> None:

@@ -521,9 +521,10 @@ async def test_an_object_that_the_serverapp_is_still_pushing_is_there(relay: Rel
     "step",
     [
         Reply(Payload(b"no"), Source.UPSTREAM, status=403),
+        Refusal(Reason.UPSTREAM_REJECTED, status=403),
         Refusal(Reason.UPSTREAM_REJECTED, status=500),
     ],
-    ids=["403", "500"],
+    ids=["403", "403 that no node may see", "500"],
 )
 async def test_what_the_superlink_refuses_is_over(relay: Relay, counted: Counted, step: Step) -> None:
     await relay.pull(fresh())
@@ -541,12 +542,15 @@ async def test_what_the_superlink_refuses_is_over(relay: Relay, counted: Counted
         Refusal(Reason.UPSTREAM_TIMEOUT),
         Refusal(Reason.UPSTREAM_BAD_ANSWER),
         Reply(Payload(b"no"), Source.UPSTREAM, status=401),
+        Refusal(Reason.UPSTREAM_REJECTED, status=404),
+        Refusal(Reason.UPSTREAM_REJECTED, status=413),
     ],
-    ids=["down", "timeout", "bad answer", "401"],
+    ids=["down", "timeout", "bad answer", "401", "404", "413"],
 )
 async def test_as_long_as_the_superlink_cannot_be_asked_it_waits(
     relay: Relay, counted: Counted, step: Step
 ) -> None:
+    """No SuperLink says 404 or 413 of a message: that is a proxy between."""
     await relay.pull(fresh())
     there = relay.superlink.question
     relay.superlink.question = step

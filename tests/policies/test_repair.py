@@ -172,6 +172,19 @@ async def test_a_registration_that_never_left_is_not_taken_for_an_attempt(
     assert (reply.status, len(superlink.asked)) == (412, 1)
 
 
+@pytest.mark.parametrize("reason", [Reason.UPSTREAM_REJECTED, Reason.UPSTREAM_BAD_ANSWER])
+async def test_a_superlink_that_fails_each_time_has_registered_nobody(
+    make_call: MakeCall, repair: Repair, reason: Reason
+) -> None:
+    """A REST SuperLink says 500 of a key in use, too, and would be its own reason to believe that."""
+    failures = [Refusal(reason, status=500) for _ in range(4)]
+    superlink = SuperLink(*failures)
+    for second in (failures[1], failures[3]):
+        with pytest.raises(Refusal) as caught:
+            await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
+        assert caught.value is second
+
+
 # -- push-object ------------------------------------------------------------------------------------
 
 STORED = PushObjectResponse(stored=True).SerializeToString()

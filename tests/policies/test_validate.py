@@ -5,21 +5,22 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from relay.call import Call, Payload, Reply, Source, View
-from relay.fleet import PEEK_BYTES, Ids, Kind, Method
+from relay.fleet import PEEK_BYTES, Ids, Kind, Method, peek
 from relay.pipeline import compose
 from relay.policies import Validate
 from relay.policies.validate import _BEGINS, _PLAIN, fault
 from relay.refusal import Reason, Refusal
 from relay.wireformat import encode_bytes, encode_uint
-from tests.test_fleet import IDS, UINT64, build
+from tests.test_fleet import IDS, OBJECT_FIELDS, UINT64, build, request_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -308,3 +309,42 @@ def test_a_request_for_two_nodes_is_refused(method: Method, between: bytes) -> N
     other = encode_bytes(1, encode_uint(1, 222))
     assert fault(method, node + between + other, whole=True) in ("repeated", "node_id")
     assert fault(method, node + between, whole=True) is None
+
+
+@st.composite
+def requests_in_parts(draw: st.DrawFn) -> tuple[Method, bytes]:
+    """Return a request whose ids stand in any order and number, with other fields between them."""
+    method = draw(st.sampled_from([method for method in Method if method.kind is not Kind.JOIN]))
+    at, uints, names = method.ids, st.integers(0, 3) | UINT64, [b"5e" * 32, b"6f" * 32]
+
+    def node() -> bytes:
+        if not at.node_is_message:
+            return encode_uint(at.node, draw(uints))
+        inside = [encode_uint(1, draw(uints)) for _ in range(draw(st.sampled_from([1, 1, 1, 0, 2])))]
+        return encode_bytes(at.node, b"".join(inside))
+
+    makes = [
+        node,
+        lambda: encode_uint(at.run, draw(uints)) if at.run else b"",
+        lambda: encode_bytes(at.object, draw(st.sampled_from(names))) if at.object else b"",
+        lambda: encode_uint(98, 5),
+    ]
+    chosen = draw(st.permutations([0, 1, 2, *draw(st.lists(st.integers(0, 3), max_size=2))]))
+    return method, b"".join(makes[number]() for number in chosen)
+
+
+@given(requests_in_parts())
+@settings(deadline=None, max_examples=150)
+def test_whose_request_it_is_a_superlink_reads_as_the_relay_does(given: tuple[Method, bytes]) -> None:
+    """Else a node would be limited or kept out under the name of another."""
+    method, data = given
+    if fault(method, data, whole=True) is not None:
+        return
+    parsed: Any = GetMessageClass(request_of(method)).FromString(data)
+    names = {field.name for field in request_of(method).fields}
+    name = next((name for name in OBJECT_FIELDS if name in names), "")
+    assert peek(method, data) == Ids(
+        parsed.node.node_id if "node" in names else parsed.node_id,
+        parsed.run_id if "run_id" in names else None,
+        getattr(parsed, name) if name else None,
+    )

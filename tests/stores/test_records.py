@@ -169,6 +169,27 @@ def test_a_process_that_is_killed_within_a_change_leaves_no_lock(
     assert records.get(b"a") == b"new"
 
 
+def test_a_record_whose_writer_was_stopped_in_the_middle_is_absent(
+    records: HostRecords, forked: Callable[[Callable[[], object]], int]
+) -> None:
+    """A reader that raised would fail the call of a node that has nothing to do with it."""
+    records.put(b"a", b"old", SECONDS)
+    at = records._memory.find(b"old")
+    read, write = os.pipe()
+
+    def half_written(_: bytes | None) -> Kept | None:
+        records._memory[at : at + 1] = b"n"
+        os.write(write, b"x")
+        signal.pause()
+        return None
+
+    forked(partial(records.update, b"a", half_written))
+    os.read(read, 1)
+    begun = time.monotonic()
+    assert records.get(b"a") is None
+    assert time.monotonic() - begun < 10, "it does not wait for ever"
+
+
 @given(st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.none() | st.binary(max_size=32))))
 @settings(max_examples=200)
 def test_it_is_a_map(steps: list[tuple[bytes, bytes | None]]) -> None:

@@ -87,6 +87,20 @@ async def test_a_broken_list_changes_nothing_until_it_is_mended(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("absent", [None, []])
+async def test_a_list_that_was_broken_from_the_beginning_is_not_an_empty_one(
+    tmp_path: Path, absent: list[int] | None
+) -> None:
+    path = tmp_path / "list"
+    path.write_text("x\n")
+    known = watch(path, absent)
+    assert known.value is None
+    await ticks(known)
+    assert known.value is None
+    path.write_text("5\n")
+    await until(known, [5])
+
+
+@pytest.mark.parametrize("absent", [None, []])
 async def test_a_list_that_is_taken_away_stays_as_it_was(tmp_path: Path, absent: list[int] | None) -> None:
     """A configuration management that replaces a file in two steps must let nobody in or out."""
     path = tmp_path / "list"

@@ -239,6 +239,30 @@ async def test_a_node_that_leaves_during_the_probe_leaves_it_to_the_next(
     assert worker.state == CLOSED
 
 
+class Arriving:
+    """A body that never comes to its end."""
+
+    async def read(self) -> bytes:
+        raise AssertionError("an open breaker reads no body")
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_call_whose_body_is_still_arriving_is_not_the_probe(
+    worker: Worker, call: Call, make_call: MakeCall
+) -> None:
+    """It may take hours, in which all other calls would be refused."""
+    await worker.fail(call)
+    await until_due(worker)
+    asked = worker.upstream.calls
+    slow = make_call(Method.PUSH_OBJECT, Payload(body=Arriving(), size=1 << 30))
+    assert await worker.ask(slow) == "breaker_open"
+    assert (worker.upstream.calls, worker.state) == (asked, OPEN)
+    assert await worker.ask(call) == "ok"
+    assert worker.state == CLOSED
+
+
 async def test_an_answer_that_a_node_does_not_like_closes_it_too(worker: Worker, call: Call) -> None:
     await worker.fail(call)
     await until_due(worker)

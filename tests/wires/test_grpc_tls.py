@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import ssl
 from typing import TYPE_CHECKING
 
@@ -98,6 +100,40 @@ async def test_a_certificate_that_cannot_be_used_leaves_the_old_one(
         other.replace(certificate)
     assert await shown("localhost") == before
     assert await shown("localhost") == before
+
+
+async def test_a_certificate_that_could_not_be_read_once_is_taken_up_at_the_next_look(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = make_pair(tmp_path)
+    shown = await serve([(certificate, key)])
+    before = serial(certificate)
+    make_pair(tmp_path)
+
+    def no_more_files(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(certificate), "read_bytes", no_more_files)
+        assert await shown("localhost") == before
+    assert await shown("localhost") == serial(certificate) != before
+
+
+async def test_a_certificate_of_the_same_size_and_date_is_taken_up(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path
+) -> None:
+    """As a copy that keeps the times of its original."""
+    pair = make_pair(tmp_path)
+    shown = await serve([pair])
+    before = serial(pair[0])
+    others = make_pair(tmp_path, "other")
+    for mine, other in zip(pair, others, strict=True):
+        was, size = mine.stat(), max(mine.stat().st_size, other.stat().st_size)
+        assert size == was.st_size, "lengthened below, both would differ"
+        mine.write_bytes(other.read_bytes().ljust(size, b"\n"))
+        os.utime(mine, ns=(was.st_atime_ns, was.st_mtime_ns))
+        assert (mine.stat().st_mtime_ns, mine.stat().st_ino) == (was.st_mtime_ns, was.st_ino)
+    assert await shown("localhost") == serial(others[0]) != before
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
