@@ -433,8 +433,8 @@ async def test_relays_that_drain_in_turn_lose_no_call(start_edge: StartEdge) -> 
     for relay in relays:
         await relay.stop(0)
     # Every call that a relay has seen was answered. grpc's own server cancels what it has read and not begun
-    # when it is stopped, also without nginx; and a call that nginx puts on a connection that is closing was not
-    # passed on: the node sends it again.
+    # when it is stopped, also without nginx; and a call that nginx puts on a connection that is closing was
+    # not passed on: the node sends it again.
     assert ended.pop(grpc.StatusCode.CANCELLED, 0) < 50
     assert ended.pop(grpc.StatusCode.UNAVAILABLE, 0) < 20
     assert ended == {grpc.StatusCode.OK: seen}
