@@ -188,6 +188,16 @@ async def test_who_hides_a_key_in_the_body_does_not_join(
         assert not await is_refused(quarantine("node 17"), call)
 
 
+@pytest.mark.parametrize("size", [256, 1024, 4096, 16 * 1024, 16 * 1024 + 1])
+async def test_a_key_is_found_wherever_what_was_looked_at_may_end(make_call: MakeCall, size: int) -> None:
+    before = encode_bytes(1, OTHER.pem)
+    # A tag, and two bytes of a length where the filling is longer than 127.
+    filling = encode_bytes(9, bytes(size - len(before) - (2 if size == 256 else 3)))
+    assert len(before + filling) == size
+    body = before + filling + encode_bytes(1, NODE.pem)
+    assert await is_refused(quarantine(f"key {KEY}"), make_call(Method.REGISTER_NODE, body))
+
+
 async def test_a_node_is_known_by_its_identity(make_call: MakeCall) -> None:
     policy = quarantine("identity north/b\nnode 1")
     for identity, expected in ((Identity("b", "north"), True), (Identity("b"), False), (None, False)):
