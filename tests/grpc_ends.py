@@ -93,12 +93,16 @@ class GrpcSuperLink(grpc.GenericRpcHandler):  # type: ignore[misc]
 class GrpcNode:
     """A node's channel."""
 
-    def __init__(self, port: int, *, roots: bytes | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, port: int, *, roots: bytes | None = None, host: str = "127.0.0.1", name: str = ""
+    ) -> None:
+        """Connect when first asked; with `roots` over TLS, to what is called `name` or else `host`."""
         target = f"{host}:{port}"
         if roots is None:
             self.channel = aio.insecure_channel(target, OPTIONS)
         else:
-            self.channel = aio.secure_channel(target, grpc.ssl_channel_credentials(roots), OPTIONS)
+            named = [("grpc.ssl_target_name_override", name)] if name else []
+            self.channel = aio.secure_channel(target, grpc.ssl_channel_credentials(roots), [*OPTIONS, *named])
 
     async def __aenter__(self) -> Self:
         return self

@@ -95,6 +95,7 @@ class RelayProcess:
             if not key.startswith(("RELAY_", "PROMETHEUS_", "GRPC_"))
         }
         environ["TMPDIR"] = str(self.temporary)
+        environ["GRPC_VERBOSITY"] = "error"  # as flwr sets it for whatever is started beside it
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *what, str(self.config)],

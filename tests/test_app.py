@@ -29,6 +29,7 @@ from relay.stores.host import HostTable
 from relay.superlink import UPSTREAMS
 from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
+from tests.certificates import make_pair
 from tests.sockets import Listener, Message, connect, response
 
 if TYPE_CHECKING:
@@ -214,6 +215,18 @@ async def test_a_relay_is_not_built_without_the_authorities_that_it_is_to_trust(
     ca_file.unlink()
     with pytest.raises(OSError, match="No such file"):
         build(chosen, HostTable(64))
+
+
+@pytest.mark.parametrize(("wire", "watched"), [("http_v1", True), ("grpc", False)])
+async def test_the_files_of_an_upstream_are_watched_if_a_change_can_be_taken_up(
+    tmp_path: Path, wire: str, watched: bool
+) -> None:
+    """gRPC reads them once, when a worker starts."""
+    ca_file, _ = make_pair(tmp_path)
+    chosen = {"UPSTREAM__URL": "https://superlink", "UPSTREAM__CA_FILE": str(ca_file), "UPSTREAM__WIRE": wire}
+    relay = build(settings(**chosen, LISTENERS__0__ADDRESS="127.0.0.1:9"), HostTable(64))
+    assert (relay.tls.upstream is not None) == watched
+    await relay.close()
 
 
 # -- a call all the way -------------------------------------------------------------------------------

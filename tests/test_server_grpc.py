@@ -195,13 +195,25 @@ async def test_both_kinds_of_ports_lead_to_one_superlink(
 
 async def test_a_port_is_encrypted(relay: RelayProcess, tmp_path: Path) -> None:
     certificate, key = make_pair(tmp_path)
-    tls = {"certificate": str(certificate), "key": str(key)}
+    others, other_key = make_pair(tmp_path, "other", host="relay.example")
+    tls = {
+        "certificate": str(certificate),
+        "key": str(key),
+        "certificates": [{"certificate": str(others), "key": str(other_key)}],
+    }
     relay.settings["listeners"] = [{"address": f"127.0.0.1:{relay.port}", "tls": tls}]
     await started(relay)
-    async with GrpcNode(relay.port, roots=certificate.read_bytes(), host="localhost") as node:
+    roots = certificate.read_bytes()
+    async with GrpcNode(relay.port, roots=roots, host="localhost") as node:
+        assert (await node.ask(Method.PULL_MESSAGES, REQUEST)).code == "OK"
+    async with GrpcNode(relay.port, roots=others.read_bytes(), name="relay.example") as node:
         assert (await node.ask(Method.PULL_MESSAGES, REQUEST)).code == "OK"
     async with GrpcNode(relay.port) as plain:
         assert (await plain.ask(Method.PULL_MESSAGES, REQUEST, timeout=2.0)).code != "OK"
+    certificate.write_text("no certificate")
+    async with GrpcNode(relay.port, roots=roots, host="localhost") as node:
+        assert (await node.ask(Method.PULL_MESSAGES, REQUEST)).code == "OK", "with the one of before"
+    assert not [line for line in relay.lines() if "text" in line], "what gRPC says of it itself is no JSON"
 
 
 async def test_a_port_that_is_taken_is_a_clear_error(relay: RelayProcess) -> None:
