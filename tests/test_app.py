@@ -223,8 +223,8 @@ async def test_the_files_of_an_upstream_are_watched_if_a_change_can_be_taken_up(
 ) -> None:
     """gRPC reads them once, when a worker starts."""
     ca_file, _ = make_pair(tmp_path)
-    chosen = {"UPSTREAM__URL": "https://superlink", "UPSTREAM__CA_FILE": str(ca_file), "UPSTREAM__WIRE": wire}
-    relay = build(settings(**chosen, LISTENERS__0__ADDRESS="127.0.0.1:9"), HostTable(64))
+    given = {"UPSTREAM__URL": "https://superlink", "UPSTREAM__CA_FILE": str(ca_file), "UPSTREAM__WIRE": wire}
+    relay = build(settings(1, **given, LISTENERS__0__ADDRESS="127.0.0.1:9"), HostTable(64))
     assert (relay.tls.upstream is not None) == watched
     await relay.close()
 

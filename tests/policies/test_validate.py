@@ -323,7 +323,7 @@ def requests_in_parts(draw: st.DrawFn) -> tuple[Method, bytes]:
         inside = [encode_uint(1, draw(uints)) for _ in range(draw(st.sampled_from([1, 1, 1, 0, 2])))]
         return encode_bytes(at.node, b"".join(inside))
 
-    makes = [
+    makes: list[Callable[[], bytes]] = [
         node,
         lambda: encode_uint(at.run, draw(uints)) if at.run else b"",
         lambda: encode_bytes(at.object, draw(st.sampled_from(names))) if at.object else b"",
