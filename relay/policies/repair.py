@@ -9,7 +9,9 @@ from a REST SuperLink) means that the attempt had arrived. Nodes ignore the cont
 HTTP the SuperLink has checked the signature before it says so.
 
 push-object: `stored=false` for an object that can be pulled means that it was stored before. `stored=true`
-is then the truth; told `false`, the node would drop its whole reply.
+is then the truth; told `false`, the node would drop its whole reply. A 500 is passing or lasting (a run that
+the SuperLink does not know), and nothing in it says which: the node is told to come back with the object for
+two minutes of nothing but that, and then what the SuperLink says, by which it gives its message up.
 
 activate-node: a node that crashed and comes back, or whose answer was lost, is refused (412, code 2004)
 while the SuperLink holds it ONLINE, and would exit. It is deactivated first, with the proof that this
@@ -45,6 +47,9 @@ REPAIRS = Counter("relay_repairs", "Lost answers and crashed nodes that were men
 _KEY_IN_USE = 23
 _ACTIVATION_FAILED = 2004
 _STORED = encode_uint(1, 1)
+_FAILING = b"failing:"
+#: Two times, in seconds, are one number of 64 bits.
+_TWO = 1 << 32
 _AMBIGUOUS = frozenset({Reason.UPSTREAM_DOWN, Reason.UPSTREAM_TIMEOUT, Reason.UPSTREAM_BAD_ANSWER})
 
 #: Seconds between two attempts to push an object that the SuperLink does not hold.
@@ -55,6 +60,10 @@ _KEY_BYTES = 1024
 _ERROR_BYTES = 16 * 1024
 #: A SuperLink holds a silent node ONLINE for 60 s; a refusal that comes later means something else.
 _ONLINE_SECONDS = 75
+#: How long an object is given back to its node that the SuperLink fails on. A push session lives for 180 s.
+_LASTING_SECONDS = 120
+#: A node comes back with it within 20 s; who comes later than this begins anew.
+_GAP_SECONDS = 60
 #: How long an ambiguous registration, or a refused activation, is remembered.
 _MEMORY_SECONDS = 600
 
@@ -139,6 +148,7 @@ class Repair:
 
     async def _push(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         head = await call.payload.peek(PEEK_BYTES)
+        failing: float | None = None  # since when, without anything else in between
         while True:
             try:
                 reply = await next(call)
@@ -147,8 +157,14 @@ class Repair:
                     raise
                 if await self._available(call, next, head):
                     return self._stored(call)
+                failing = self._failing(call, refusal, head, failing)
+                if failing is not None and self._now() - failing >= _LASTING_SECONDS:
+                    log.warning("object given up, the SuperLink fails on it", request_id=call.request_id)
+                    raise
                 # Not stored: it is sent again, by us if it is at hand and in time, else by the node.
                 if not call.payload.replayable or time.monotonic() + PAUSE > call.deadline:
+                    if failing is not None:
+                        self._table.put(_FAILING + head, int(failing) * _TWO + int(self._now()))
                     raise Refusal(
                         Reason.UPSTREAM_DOWN, refusal.detail, by=refusal.by, status=refusal.status
                     ) from refusal
@@ -182,6 +198,18 @@ class Repair:
         finally:
             reply.payload.close()
         return reply.status == 200 and answer == encode_uint(1, 1) + encode_uint(2, 1)
+
+    def _failing(self, call: Call, refusal: Refusal, head: bytes, known: float | None) -> float | None:
+        """Return since when the SuperLink does nothing but fail on an object; None: it was away just now."""
+        then = self._table.get(_FAILING + head) or 0
+        if refusal.reason is not Reason.UPSTREAM_REJECTED:
+            if then:
+                self._table.put(_FAILING + head, 0)  # it may know better when it is back
+            return None
+        if known is not None:
+            return known
+        first, last = divmod(then, _TWO)
+        return first if first and call.started - last <= _GAP_SECONDS else self._now()
 
     def _stored(self, call: Call) -> Reply:
         REPAIRS.labels(call.method.rpc).inc()

@@ -23,7 +23,8 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 from prometheus_client import REGISTRY
 
-from relay.call import Call, Identity, Payload, Reply, Source
+from relay import dialect
+from relay.call import Call, Identity, Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.policies.repair import Repair
 from relay.refusal import Reason, Refusal
@@ -253,6 +254,133 @@ async def test_a_push_is_given_back_to_its_node_when_its_time_is_up(
     with pytest.raises(Refusal) as caught:
         await repair.handle(call, SuperLink(failed, ok(EMPTY)))
     assert caught.value.reason is Reason.UPSTREAM_DOWN, "the node asks again, and keeps its reply"
+
+
+class Pushing:
+    """A node that pushes an object again and again, each time for so long that the relay gives it back."""
+
+    def __init__(self, make_call: MakeCall, repair: Repair, clock: Clock) -> None:
+        self._make_call = make_call
+        self._repair = repair
+        self._clock = clock
+
+    async def __call__(self, step: Step, *, after: float, body: bytes = PUSH, took: float = 0.0) -> Refusal:
+        self._clock.now += after
+        call = self._make_call(Method.PUSH_OBJECT, body, started=self._clock.now, deadline=time.monotonic())
+        self._clock.now += took
+        with pytest.raises(Refusal) as caught:
+            await self._repair.handle(call, SuperLink(step, ok(EMPTY)))
+        return caught.value
+
+
+def failed(status: int = 500) -> Refusal:
+    return Refusal(Reason.UPSTREAM_REJECTED, status=status)
+
+
+@pytest.fixture
+def push(make_call: MakeCall, repair: Repair, clock: Clock) -> Pushing:
+    return Pushing(make_call, repair, clock)
+
+
+async def test_an_object_on_which_the_superlink_fails_for_two_minutes_is_given_up(push: Pushing) -> None:
+    for after in (0, 20, 20, 20, 20, 20, 19):
+        assert (await push(failed(), after=after)).reason is Reason.UPSTREAM_DOWN
+    lasting = failed()
+    assert await push(lasting, after=1) is lasting
+    again = failed()
+    assert await push(again, after=5) is again, "its other thread may come with it once more"
+
+
+async def test_an_object_that_takes_long_to_send_is_given_up_as_well(push: Pushing) -> None:
+    assert (await push(failed(), after=0, took=300)).reason is Reason.UPSTREAM_DOWN
+    lasting = failed(501)
+    assert await push(lasting, after=20, took=300) is lasting
+
+
+async def test_a_failure_that_passes_costs_no_object(make_call: MakeCall, push: Pushing) -> None:
+    """Neither if it comes back later, nor if the SuperLink was away in between, nor with another object."""
+    for after in (0, 50, 50):
+        assert (await push(failed(), after=after)).reason is Reason.UPSTREAM_DOWN
+    assert (await push(failed(), after=61)).reason is Reason.UPSTREAM_DOWN, "it begins anew"
+    for after in (50, 50):
+        assert (await push(failed(), after=after)).reason is Reason.UPSTREAM_DOWN
+    assert (await push(lost(), after=19)).reason is Reason.UPSTREAM_DOWN
+    assert (await push(failed(), after=20)).reason is Reason.UPSTREAM_DOWN, "and once more"
+    other = PUSH.replace(b"ab" * 32, b"cd" * 32)
+    for _ in range(2):
+        assert (await push(failed(), after=50, body=other)).reason is Reason.UPSTREAM_DOWN
+
+
+@pytest.mark.parametrize(
+    ("outage", "asked"), [(None, 5), (2, 7)], ids=["nothing but failures", "an outage in between"]
+)
+async def test_it_is_given_up_within_one_call_of_a_node_that_waits_long(
+    make_call: MakeCall, repair: Repair, clock: Clock, outage: int | None, asked: int
+) -> None:
+    """As gRPC nodes do."""
+    pushed = 0
+
+    async def superlink(call: Call) -> Reply:
+        nonlocal pushed
+        if call.method is Method.PULL_OBJECT:
+            return ok(EMPTY)
+        pushed += 1
+        clock.now += 30
+        raise lost() if pushed == outage else failed()
+
+    with pytest.raises(Refusal) as caught:
+        await repair.handle(make_call(Method.PUSH_OBJECT, PUSH, started=clock.now), superlink)
+    assert (caught.value.reason, pushed) == (Reason.UPSTREAM_REJECTED, asked)
+
+
+async def test_an_outage_within_a_call_begins_anew(
+    make_call: MakeCall, repair: Repair, push: Pushing, clock: Clock
+) -> None:
+    for after in (0, 50, 50):
+        await push(failed(), after=after)
+    clock.now += 30
+    superlink = SuperLink(lost(), ok(EMPTY), failed(), ok(EMPTY), ok(STORED))
+    call = make_call(Method.PUSH_OBJECT, PUSH, started=clock.now)
+    assert stored(await repair.handle(call, superlink))
+
+
+async def test_an_outage_never_costs_an_object(push: Pushing) -> None:
+    for _ in range(30):
+        assert (await push(lost(), after=20)).reason is Reason.UPSTREAM_DOWN
+
+
+async def test_what_is_stored_after_all_is_not_given_up(
+    make_call: MakeCall, repair: Repair, push: Pushing, clock: Clock
+) -> None:
+    for after in (0, 50, 50, 19):
+        await push(failed(), after=after)
+    clock.now += 20
+    call = make_call(Method.PUSH_OBJECT, PUSH, started=clock.now)
+    assert stored(await repair.handle(call, SuperLink(failed(), ok(AVAILABLE))))
+
+
+async def test_nothing_is_remembered_of_a_push_that_came_through(make_call: MakeCall, clock: Clock) -> None:
+    class Untouched(HostTable):
+        def get(self, key: bytes) -> int | None:
+            raise AssertionError
+
+        put = get  # type: ignore[assignment]
+
+    repair = Repair(lost_answers=True, reactivate=True, table=Untouched(8), now=clock)
+    for answer in (ok(STORED), ok(NOT_STORED)):
+        await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), SuperLink(answer, ok(EMPTY)))
+
+
+@pytest.mark.parametrize("wire", Wire)
+def test_a_node_survives_to_be_told_so(wire: Wire) -> None:
+    """What it is told each time, and at last: docs/flower-compatibility.md has what became of it."""
+    told = dialect.answer(wire, Reason.UPSTREAM_REJECTED, Method.PUSH_OBJECT)
+    bridged = dialect.answer(wire, Reason.UPSTREAM_DOWN, Method.PUSH_OBJECT)
+    if wire.grpc:
+        assert (bridged, told) == (dialect.Abort("UNAVAILABLE"), dialect.Abort("PERMISSION_DENIED"))
+    else:
+        comes_back = dialect.Status(503) if wire is Wire.HTTP_V1 else dialect.Drop()
+        assert (bridged, told) == (comes_back, dialect.Status(403))
 
 
 async def test_a_push_that_the_superlink_refuses_is_not_sent_again(
