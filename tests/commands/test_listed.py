@@ -46,7 +46,7 @@ def refuse(text: str) -> str:
 def test_a_list_is_read(tmp_path: Path) -> None:
     path = tmp_path / "list"
     assert listed.read(path, words, ["nobody"]) == ["nobody"]
-    assert listed.read(path, words, []) == [], "an empty list is one as well"
+    assert listed.read(path, words, list[str]()) == [], "an empty list is one as well"
     path.write_text("a b\n")
     assert listed.read(path, words, ["nobody"]) == ["a", "b"]
 
@@ -57,14 +57,14 @@ def test_a_list_that_cannot_be_read_ends_the_command(
     path = tmp_path / "list"
     code, said = ended(lambda: listed.read(path, words))
     assert (code, said) == (UNREACHABLE, f"{path} is not there: `flwr-relay nodes allow FILE` makes it")
-    assert ended(lambda: listed.read(tmp_path, words, [])) == (
+    assert ended(lambda: listed.read(tmp_path, words, list[str]())) == (
         UNREACHABLE,
         f"{tmp_path}: Is a directory",
     )
     path.write_text("x")
     assert ended(lambda: listed.read(path, broken, "")) == (INVALID, f"{path}: line 1: must be a key")
     path.write_bytes(b"\xff")
-    assert ended(lambda: listed.read(path, words, [])) == (
+    assert ended(lambda: listed.read(path, words, list[str]())) == (
         INVALID,
         f"{path}: byte 0 is not UTF-8: it must be a text file",
     )
