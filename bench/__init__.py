@@ -1,4 +1,4 @@
-"""The relay beside nginx and Envoy in one run. `docs/benchmarks.md` explains the method.
+"""The relay beside nginx, Envoy and a bare gRPC relay in one run. `docs/benchmarks.md` explains the method.
 
 Rules of this package:
 

@@ -17,9 +17,10 @@ from rich.table import Table
 from bench.facts import gather
 from bench.processes import BenchError
 from bench.proxies import OPTIONAL, PROXIES, Proxy
+from bench.publish import PublishError, publish, section
 from bench.report import NARROW, WIDE, show, write_json
 from bench.runner import Options, Runner
-from bench.scenarios import SCENARIOS, Scenario
+from bench.scenarios import GROUPS, SCENARIOS, Scenario
 
 FULL = Options(rounds=5, seconds=2.5, warm=0.5)
 QUICK = Options(rounds=2, seconds=1.0, warm=0.3)
@@ -27,9 +28,15 @@ QUICK = Options(rounds=2, seconds=1.0, warm=0.3)
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="scripts/bench", description="The relay beside nginx and Envoy in one run."
+        prog="scripts/bench", description="The relay beside nginx, Envoy and a bare gRPC relay in one run."
     )
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="see --list (default: all)")
+    kinds = " and ".join(GROUPS)
+    parser.add_argument(
+        "scenarios",
+        nargs="*",
+        metavar="SCENARIO",
+        help=f"see --list; {kinds} are all of a kind (default: all)",
+    )
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK.rounds} runs of {QUICK.seconds:g} s each"
     )
@@ -39,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help=f"also {' and '.join(OPTIONAL)}")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all runs, medians and verdicts there"
+    )
+    parser.add_argument(
+        "--publish", type=Path, metavar="FILE", help="put the results where this Markdown file has the marks"
     )
     parser.add_argument("--enforce", action="store_true", help="exit with 1 when a target is not met")
     parser.add_argument("--list", action="store_true", help="print scenarios and proxies, measure nothing")
@@ -78,15 +88,20 @@ def chosen_options(arguments: argparse.Namespace) -> Options:
 
 
 def chosen_scenarios(names: Sequence[str]) -> list[Scenario]:
-    """The scenarios of these names, or all.
+    """The scenarios of these names and groups, or all.
 
     Raises:
         SystemExit: one of them is unknown.
     """
-    unknown = [name for name in names if name not in SCENARIOS]
+    known = (*GROUPS, *SCENARIOS)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise SystemExit(f"unknown scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
-    return [scenario for scenario in SCENARIOS.values() if not names or scenario.name in names]
+        raise SystemExit(f"unknown scenario {', '.join(unknown)}; there are {', '.join(known)}")
+    return [
+        scenario
+        for scenario in SCENARIOS.values()
+        if not names or scenario.name in names or scenario.group in names
+    ]
 
 
 def chosen_proxies(names: Sequence[str] | None, *, everything: bool) -> list[Proxy]:
@@ -112,13 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, reason in left_out.items():
             print(f"{name} is missing: {reason}", file=sys.stderr)
         return 2
+    groups = [group for group in GROUPS if any(scenario.group == group for scenario in scenarios)]
+    if options.publish:
+        try:
+            publish(options.publish, dict.fromkeys(groups, "None yet."))
+        except (OSError, PublishError) as error:
+            print(f"--publish {options.publish}: {error}", file=sys.stderr)
+            return 2
     present = [proxy for proxy in wanted if proxy.name not in left_out]
     facts = gather(present)
     runner = Runner(amount, _progress)
     try:
         for scenario in scenarios:
-            fitting = [proxy for proxy in present if not proxy.scenarios or scenario.name in proxy.scenarios]
-            runner.run(scenario, fitting)
+            runner.run(scenario, [proxy for proxy in present if proxy.fits(scenario)])
     except BenchError as error:
         print(f"the stub SuperLink failed: {error}", file=sys.stderr)
         return 2
@@ -135,6 +156,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome=outcome,
             left_out=left_out,
             verdicts=verdicts,
+        )
+    if options.publish:
+        publish(
+            options.publish,
+            {
+                group: section(
+                    group,
+                    facts=facts,
+                    options=amount,
+                    scenarios=scenarios,
+                    outcome=outcome,
+                    left_out=left_out,
+                )
+                for group in groups
+            },
         )
     if outcome.failures:
         return 2

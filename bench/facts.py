@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from bench.proxies import Proxy
 
-_PACKAGES: Final = ("aiohttp", "flwr", "gunicorn", "httptools", "uvloop")
+_PACKAGES: Final = ("aiohttp", "flwr", "grpcio", "gunicorn", "httptools", "uvloop")
 
 
 @dataclass(frozen=True, slots=True)

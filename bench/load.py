@@ -58,20 +58,28 @@ class Plan:
             self.content_at = len(self.answer) - len(self._content)
         elif scenario.path == messages.PUSH_OBJECT:
             self.answer = messages.STORED
+        elif scenario.path == messages.HEARTBEAT:
+            self.answer = messages.BEATEN
+
+    def message(self, node_id: int) -> tuple[bytes, bytes]:
+        """What one node sends: the beginning, and a pushed content that all nodes share."""
+        match self._path:
+            case messages.PULL_MESSAGES:
+                return messages.pull_messages_request(node_id), b""
+            case messages.HEARTBEAT:
+                return messages.heartbeat_request(node_id), b""
+            case messages.PULL_OBJECT:
+                return messages.pull_object_request(node_id, self.object_id), b""
+            case _:
+                size = len(self._content)
+                return messages.push_object_prefix(node_id, self.object_id, size), self._content
 
     def request(self, node_id: int, host: str) -> list[memoryview]:
-        """The bytes of one node's call; a pushed content is not copied."""
-        content: list[memoryview] = []
-        if self._path == messages.PULL_MESSAGES:
-            body = messages.pull_messages_request(node_id)
-        elif self._path == messages.PULL_OBJECT:
-            body = messages.pull_object_request(node_id, self.object_id)
-        else:
-            body = messages.push_object_prefix(node_id, self.object_id, len(self._content))
-            content = [memoryview(self._content)]
-        length = len(body) + sum(map(len, content))
+        """The bytes of one node's call over HTTP; a pushed content is not copied."""
+        body, content = self.message(node_id)
+        length = len(body) + len(content)
         head = messages.request_head(path=self._path, node_id=node_id, content_length=length, host=host)
-        return [memoryview(head + body), *content]
+        return [memoryview(head + body), *([memoryview(content)] if content else [])]
 
 
 class Caller:

@@ -1,4 +1,4 @@
-"""The Fleet messages and the HTTP heads of the benchmark, rendered to bytes.
+"""The Fleet messages, HTTP heads and gRPC metadata of the benchmark, rendered to bytes.
 
 Encoded by hand because load generator and stub must start fast; the tests compare them with Flower's own
 message classes. Field numbers: flwr/proto/fleet.proto, message.proto and node.proto.
@@ -6,13 +6,25 @@ message classes. Field numbers: flwr/proto/fleet.proto, message.proto and node.p
 
 import base64
 import hashlib
+import struct
 from typing import Final
 
 PULL_MESSAGES: Final = "/v1/fleet/pull-messages"
+HEARTBEAT: Final = "/v1/fleet/send-node-heartbeat"
 PULL_OBJECT: Final = "/v1/fleet/pull-object"
 PUSH_OBJECT: Final = "/v1/fleet/push-object"
 
+#: The gRPC names of the methods at these paths.
+GRPC: Final = {
+    PULL_MESSAGES: "/flwr.proto.Fleet/PullMessages",
+    HEARTBEAT: "/flwr.proto.Fleet/SendNodeHeartbeat",
+    PULL_OBJECT: "/flwr.proto.Fleet/PullObject",
+    PUSH_OBJECT: "/flwr.proto.Fleet/PushObject",
+}
+PUBLIC_KEY: Final = "flwr-public-key-bin"  # the name of a node's key in gRPC metadata
+
 STORED: Final = b"\x08\x01"  # PushObjectResponse(stored=True)
+BEATEN: Final = b"\x08\x01"  # SendNodeHeartbeatResponse(success=True)
 RUN_ID: Final = 0x0123456789ABCDEF
 FIRST_NODE_ID: Final = (
     1 << 63
@@ -47,6 +59,11 @@ def pull_messages_request(node_id: int) -> bytes:
     return _node(node_id)
 
 
+def heartbeat_request(node_id: int) -> bytes:
+    """SendNodeHeartbeatRequest of one node, with Flower's interval of 30 s."""
+    return _node(node_id) + varint(2 << 3 | 1) + struct.pack("<d", 30.0)
+
+
 def pull_object_request(node_id: int, object_id: str) -> bytes:
     """PullObjectRequest for `object_id` (64 hex digits)."""
     return _node(node_id) + _uint(2, RUN_ID) + _bytes_head(3, len(object_id)) + object_id.encode()
@@ -75,8 +92,24 @@ def object_id_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _random(seed: str, size: int) -> bytes:
+    return hashlib.shake_256(seed.encode()).digest(size)
+
+
 def _text(seed: str, size: int) -> str:
-    return base64.b64encode(hashlib.shake_256(seed.encode()).digest(size)).decode()
+    return base64.b64encode(_random(seed, size)).decode()
+
+
+def metadata(node_id: int) -> tuple[tuple[str, str | bytes], ...]:
+    """The metadata of a SuperNode's call over gRPC (flwr 1.39): `request_head` with raw key and signature."""
+    return (
+        ("flwr-package-name", "flwr"),
+        ("flwr-package-version", "1.39.0"),
+        ("flwr-component-name", "SuperNode"),
+        (PUBLIC_KEY, _random(f"key {node_id}", 215)),
+        ("flwr-timestamp", "2026-01-01T00:00:00.000000+00:00"),
+        ("flwr-signature-bin", _random(f"signature {node_id}", 103)),
+    )
 
 
 def request_head(*, path: str, node_id: int, content_length: int, host: str) -> bytes:

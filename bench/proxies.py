@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from bench import messages
+from bench.configs import NGINX_GRPC_TUNED, NGINX_TUNED, envoy_config, nginx_config, relay_config
 from bench.processes import ROOT, free_port
+from bench.scenarios import Protocol, Scenario
 from bench.wire import Reader, WireError
 
 VENV_BIN: Final = Path(sys.executable).parent
@@ -27,6 +29,7 @@ class Setup:
 
     command: list[str]
     port: int
+    protocol: Protocol = "http"  # of `port`
     admin_port: int | None = None
 
 
@@ -38,16 +41,25 @@ class Proxy:
     about: str
     program: Callable[[], Path | str]  # where it is, or why it cannot run here
     version: Callable[[], str]
-    setup: (
-        Callable[[Path, int], Setup] | None
-    )  # (an own directory, the port of the stub); None: no proxy at all
+    # (an own directory, the port of the stub, what is to be carried); None: no proxy at all
+    setup: Callable[[Path, int, Scenario], Setup] | None
     cores: int = 1
-    scenarios: tuple[str, ...] = ()  # the ones it makes sense in; empty: all
+    scenarios: tuple[str, ...] = ()  # the ones it makes sense in; empty: all whose protocols it has
+    protocols: tuple[Protocol, ...] = ("http", "grpc")
+    bridges: bool = False  # from one protocol to the other
 
     @property
     def product(self) -> str:
         """What its version belongs to: the same for all setups of one program."""
         return self.name.partition("-")[0]
+
+    def fits(self, scenario: Scenario) -> bool:
+        """Whether it can carry the calls of `scenario`, and should."""
+        if self.scenarios and scenario.name not in self.scenarios:
+            return False
+        if {scenario.front, scenario.back} - set(self.protocols):
+            return False
+        return self.bridges or scenario.front == scenario.back
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -108,155 +120,51 @@ def _relay_version() -> str:
     return said or "unknown revision"
 
 
-_NGINX_TUNED: Final = """
-    client_body_buffer_size 256k;
-    proxy_buffering off;
-    proxy_request_buffering off;
-    proxy_buffer_size 256k;
-    proxy_buffers 8 256k;
-    proxy_busy_buffers_size 512k;
-"""
-
-
-def nginx_config(folder: Path, port: int, upstream: int, buffers: str) -> str:
-    """One worker, keep-alive on both sides, no limits that a Flower round would hit."""
-    user = "user root;" if os.geteuid() == 0 else ""  # or the worker could not write to our directory
-    return f"""
-{user}
-daemon off;
-worker_processes 1;
-pid {folder}/pid;
-error_log stderr warn;
-events {{ worker_connections 4096; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    client_max_body_size 0;
-    keepalive_requests 100000000;
-    keepalive_timeout 1h;
-    tcp_nodelay on;
-    {buffers}
-    upstream superlink {{
-        server 127.0.0.1:{upstream};
-        keepalive 128;
-        keepalive_requests 100000000;
-    }}
-    server {{
-        listen 127.0.0.1:{port} backlog=1024;
-        location / {{
-            proxy_pass http://superlink;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_read_timeout 1h;
-        }}
-    }}
-}}
-"""
-
-
-def _set_up_nginx(buffers: str) -> Callable[[Path, int], Setup]:
-    def set_up(folder: Path, upstream: int) -> Setup:
-        port = free_port()
+def _set_up_nginx(buffers: dict[Protocol, str]) -> Callable[[Path, int, Scenario], Setup]:
+    def set_up(folder: Path, upstream: int, scenario: Scenario) -> Setup:
+        port, protocol = free_port(), scenario.front
         config = folder / "nginx.conf"
-        config.write_text(nginx_config(folder, port, upstream, buffers))
-        return Setup([str(_nginx()), "-p", str(folder), "-e", "stderr", "-c", str(config)], port)
+        config.write_text(
+            nginx_config(folder, port, upstream, protocol=protocol, buffers=buffers.get(protocol, ""))
+        )
+        command = [str(_nginx()), "-p", str(folder), "-e", "stderr", "-c", str(config)]
+        return Setup(command, port, protocol)
 
     return set_up
 
 
-def _address(port: int) -> dict[str, Any]:
-    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
-
-
-def envoy_config(port: int, upstream: int) -> dict[str, Any]:
-    """An HTTP connection manager with the router; what it does per call beyond that is switched off."""
-    types = "type.googleapis.com/envoy.extensions"
-    manager = {
-        "@type": f"{types}.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        "codec_type": "HTTP1",
-        "stat_prefix": "bench",
-        "generate_request_id": False,
-        "route_config": {
-            "virtual_hosts": [
-                {
-                    "name": "all",
-                    "domains": ["*"],
-                    "routes": [
-                        {"match": {"prefix": "/"}, "route": {"cluster": "superlink", "timeout": "0s"}}
-                    ],
-                }
-            ]
-        },
-        "http_filters": [
-            {
-                "name": "envoy.filters.http.router",
-                "typed_config": {
-                    "@type": f"{types}.filters.http.router.v3.Router",
-                    "dynamic_stats": False,
-                    "suppress_envoy_headers": True,
-                },
-            }
-        ],
-    }
-    listener = {
-        "name": "nodes",
-        "address": _address(port),
-        "filter_chains": [
-            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
-        ],
-    }
-    limits = {"max_connections": 4096, "max_pending_requests": 4096, "max_requests": 4096}
-    cluster = {
-        "name": "superlink",
-        "type": "STATIC",
-        "circuit_breakers": {"thresholds": [limits]},
-        "load_assignment": {
-            "cluster_name": "superlink",
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(upstream)}}]}],
-        },
-    }
-    return {
-        "static_resources": {"listeners": [listener], "clusters": [cluster]},
-        "stats_config": {"stats_matcher": {"reject_all": True}},
-    }
-
-
-def _set_up_envoy(folder: Path, upstream: int) -> Setup:
+def _set_up_envoy(folder: Path, upstream: int, scenario: Scenario) -> Setup:
     port = free_port()
     config = folder / "envoy.json"
-    config.write_text(json.dumps(envoy_config(port, upstream), indent=1))
+    config.write_text(json.dumps(envoy_config(port, upstream, protocol=scenario.front), indent=1))
     flags = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
-    return Setup([str(_envoy()), "-c", str(config), *flags], port)
+    return Setup([str(_envoy()), "-c", str(config), *flags], port, scenario.front)
 
 
-def relay_config(*, workers: int, port: int, admin: int, upstream: int) -> str:
-    """What the relay's documentation starts with, and nothing switched off."""
-    return f"""
-workers: {workers}
-listeners:
-  - address: 127.0.0.1:{port}
-    wires: [http_v1]
-upstream:
-  wire: http_v1
-  url: http://127.0.0.1:{upstream}
-admin:
-  address: 127.0.0.1:{admin}
-log: {{level: warning, format: json}}
-"""
-
-
-def _set_up_relay(workers: int) -> Callable[[Path, int], Setup]:
-    def set_up(folder: Path, upstream: int) -> Setup:
+def _set_up_relay(workers: int) -> Callable[[Path, int, Scenario], Setup]:
+    def set_up(folder: Path, upstream: int, scenario: Scenario) -> Setup:
         port, admin = free_port(), free_port()
         config = folder / "relay.yaml"
-        config.write_text(relay_config(workers=workers, port=port, admin=admin, upstream=upstream))
-        return Setup([sys.executable, "-m", "relay", "serve", "--config", str(config)], port, admin)
+        config.write_text(
+            relay_config(
+                workers=workers,
+                port=port,
+                admin=admin,
+                upstream=upstream,
+                front=scenario.front,
+                back=scenario.back,
+            )
+        )
+        command = [sys.executable, "-m", "relay", "serve", "--config", str(config)]
+        return Setup(command, port, scenario.front, admin)
 
     return set_up
+
+
+def _set_up_bare(_: Path, upstream: int, scenario: Scenario) -> Setup:
+    port = free_port()
+    command = [sys.executable, "-m", "bench.grpc_bare", str(port), str(upstream)]
+    return Setup(command, port, scenario.front)
 
 
 def _direct() -> Path:
@@ -268,24 +176,32 @@ PROXIES: Final = {
     for proxy in (
         Proxy("direct", "no proxy: the ceiling of load generator and stub", _direct, str, None),
         Proxy(
+            "bare",
+            "thirty lines of grpc.aio that pass bytes on",
+            _direct,
+            str,
+            _set_up_bare,
+            protocols=("grpc",),
+        ),
+        Proxy(
             "nginx",
-            "proxy_pass, unbuffered, 256k buffers",
+            "proxy_pass, unbuffered, 256k buffers; grpc_pass",
             _nginx,
             _nginx_version,
-            _set_up_nginx(_NGINX_TUNED),
+            _set_up_nginx({"http": NGINX_TUNED, "grpc": NGINX_GRPC_TUNED}),
         ),
         Proxy(
             "nginx-default-buffers",
             "proxy_pass as nginx comes: bodies are spooled",
             _nginx,
             _nginx_version,
-            _set_up_nginx(""),
+            _set_up_nginx({}),
             scenarios=("big-download", "big-upload"),
         ),
         Proxy(
             "envoy", "HTTP connection manager and router, one thread", _envoy, _envoy_version, _set_up_envoy
         ),
-        Proxy("relay", "flwr-relay, one worker", _relay, _relay_version, _set_up_relay(1)),
+        Proxy("relay", "flwr-relay, one worker", _relay, _relay_version, _set_up_relay(1), bridges=True),
         Proxy(
             "relay-2-workers",
             "flwr-relay, two workers",
@@ -300,10 +216,13 @@ PROXIES: Final = {
 OPTIONAL: Final = ("nginx-default-buffers", "relay-2-workers")
 
 
-def unready(port: int, admin_port: int | None) -> str | None:
-    """What does not work yet: the admin port, if any, or an empty poll through `port`; None when both do."""
-    if admin_port is not None:
-        admin = http.client.HTTPConnection("127.0.0.1", admin_port, timeout=2)
+def unready(setup: Setup) -> str | None:
+    """What does not work yet: the admin port, if any, or an empty poll through the other; None when both do.
+
+    A port that speaks gRPC only has to accept: the first calls of a run are checked as all are.
+    """
+    if setup.admin_port is not None:
+        admin = http.client.HTTPConnection("127.0.0.1", setup.admin_port, timeout=2)
         try:
             admin.request("GET", "/readyz")
             status = admin.getresponse().status
@@ -313,6 +232,12 @@ def unready(port: int, admin_port: int | None) -> str | None:
             admin.close()
         if status != 200:
             return f"GET /readyz: {status}"
+    if setup.protocol == "grpc":
+        try:
+            socket.create_connection(("127.0.0.1", setup.port), timeout=2).close()
+        except OSError as error:
+            return f"no connection: {error}"
+        return None
     body = messages.pull_messages_request(messages.FIRST_NODE_ID)
     head = messages.request_head(
         path=messages.PULL_MESSAGES,
@@ -322,7 +247,7 @@ def unready(port: int, admin_port: int | None) -> str | None:
     )
     reader = Reader(requests=False, heads={}, hash_from=lambda _: None)
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=2) as sock:
+        with socket.create_connection(("127.0.0.1", setup.port), timeout=2) as sock:
             sock.sendall(head + body)
             while data := sock.recv(65_536):
                 if reader.feed(memoryview(data)):

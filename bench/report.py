@@ -16,10 +16,11 @@ from bench.runner import Options, Outcome, Run
 from bench.scenarios import GB, MB, Metric, Scenario
 from bench.stats import Spread, ratios
 
-BESIDE: Final = ("nginx", "envoy")
+BESIDE: Final = ("bare", "nginx", "envoy")
+_SHOWN: Final = {"envoy": "Envoy"}
 BUSY: Final = 0.9  # a side that uses so much of its cores is what limits the rate
 NARROW: Final = 130  # columns that a table takes with each spread under its median
-WIDE: Final = 165  # columns that a table takes with each spread beside its median
+WIDE: Final = 220  # columns that a table takes with each spread beside its median
 NOISE: Final = 0.1  # of a core used by strangers: from here on the report warns
 
 
@@ -125,6 +126,12 @@ def _spread(spread: Spread | None, digits: int, *, gap: str, scale: float = 1.0)
     return f"{median}{gap}({low}..{high})"
 
 
+def _digits(cpu: Spread | None, *, small: bool) -> int:
+    if not small:
+        return 2
+    return 0 if cpu is None or cpu.median >= 1e-3 else 1
+
+
 def _ratio(row: Row, other: str, gap: str) -> str:
     return "1" if row.proxy == other else _spread(row.beside.get(other), 2, gap=gap)
 
@@ -137,16 +144,19 @@ def table_of(scenario: Scenario, table: Sequence[Row], *, narrow: bool) -> Table
         box=box.SIMPLE_HEAD if narrow else box.MARKDOWN, collapse_padding=narrow, pad_edge=not narrow
     )
     view.add_column("proxy", no_wrap=True)
-    names = ("calls/s" if small else "MB/s", "CPU us/call" if small else "CPU s/GB", "CPU/nginx", "CPU/Envoy")
+    beside = [other for other in BESIDE if any(other in row.beside for row in table)]
+    big = scenario.payload >= MB
+    names = ["MB/s" if big else "calls/s", "CPU us/call" if small else "CPU s/GB"]
+    names += [f"CPU/{_SHOWN.get(other, other)}" for other in beside]
     for name in (*names, "RSS MB", "p50 ms", "p99 ms", "proxy %", "load %", "limit"):
         view.add_column(name, justify="right", no_wrap=True)
     for row in table:
         direct = row.cpu is None
         view.add_row(
             row.proxy,
-            _spread(row.rate, 0, gap=gap, scale=1.0 if small else scenario.payload / MB),
-            _spread(row.cpu, 1 if small else 2, gap=gap, scale=1e6 if small else 1.0),
-            *(_ratio(row, other, gap) for other in BESIDE),
+            _spread(row.rate, 0, gap=gap, scale=scenario.payload / MB if big else 1.0),
+            _spread(row.cpu, _digits(row.cpu, small=small), gap=gap, scale=1e6 if small else 1.0),
+            *(_ratio(row, other, gap) for other in beside),
             "-" if direct else f"{row.peak_rss / MB:,.0f}",
             f"{row.p50 * 1e3:,.1f}",
             f"{row.p99 * 1e3:,.1f}",
@@ -155,6 +165,16 @@ def table_of(scenario: Scenario, table: Sequence[Row], *, narrow: bool) -> Table
             row.limit,
         )
     return view
+
+
+def idleness(facts: Facts, runs: Sequence[Run]) -> str:
+    """How much else the machine did."""
+    text = f"The load average before was {facts.load_average:g}"
+    if not runs:
+        return f"{text}."
+    strangers = Spread.of([run.other_cpu / run.seconds for run in runs])
+    most = f"at most {strangers.high:.2f}"
+    return f"{text}; meanwhile other processes used {strangers.median:.2f} cores ({most})."
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -199,7 +219,8 @@ def show(
             console.print(f"\n[bold]{scenario.name}[/]: {scenario.about}\n", highlight=False)
             console.print(table_of(scenario, table, narrow=console.width < WIDE))
     console.print()
-    console.print("Medians (least..most). CPU/nginx and CPU/Envoy: this proxy's CPU as a multiple of theirs.")
+    console.print(idleness(facts, outcome.runs), highlight=False)
+    console.print("Medians (least..most). CPU/nginx and the like: this proxy's CPU as a multiple of theirs.")
     console.print("RSS: the peaks of all processes of the proxy added up, shared pages included.")
     console.print("limit: what was busy, the proxy or the load side (load generator and stub SuperLink).")
     for text in warnings(outcome.runs):

@@ -22,6 +22,8 @@ from bench.upstream import Stats
 _READY_LIMIT: Final = 30.0
 _SETTLE: Final = 0.03  # after the last answer, so that what a proxy does behind it is counted too
 _QUIET: Final = 0.3  # a started proxy must be idle for so long before the first run
+_LOADS: Final = {"http": "bench.load", "grpc": "bench.grpc_load"}
+_STUBS: Final = {"http": "bench.upstream", "grpc": "bench.grpc_upstream"}
 _MOST_CONNECTIONS: Final = 1_000  # so many node ids belong to one run: the stub hashes the first body of each
 
 
@@ -135,7 +137,7 @@ class Runner:
             for proxy in proxies:
                 self._progress(f"{scenario.name}: starting {proxy.name}")
                 try:
-                    contestants.append(self._start(proxy, folder, stub, stack))
+                    contestants.append(self._start(proxy, scenario, folder, stub, stack))
                 except BenchError as error:
                     self.outcome.fail(scenario.name, proxy.name, error)
             for turn in range(self._options.rounds):
@@ -159,22 +161,24 @@ class Runner:
 
     @contextlib.contextmanager
     def _stub(self, scenario: Scenario, folder: Path) -> Iterator[_Stub]:
-        command = [sys.executable, "-m", "bench.upstream", scenario.name]
+        command = [sys.executable, "-m", _STUBS[scenario.back], scenario.name]
         log = folder / "upstream.log"
         with Process(command, cores=self._cores.upstream, log=log, piped=True) as process:
             yield _Stub(process, json.loads(process.hear(_READY_LIMIT))["port"])
 
-    def _start(self, proxy: Proxy, folder: Path, stub: _Stub, stack: contextlib.ExitStack) -> _Contestant:
+    def _start(
+        self, proxy: Proxy, scenario: Scenario, folder: Path, stub: _Stub, stack: contextlib.ExitStack
+    ) -> _Contestant:
         cores = layout(self._available, proxy.cores)
         if proxy.setup is None:
             return _Contestant(proxy, stub.port, None, cores)
         own = folder / proxy.name
         own.mkdir()
-        setup = proxy.setup(own, stub.port)
+        setup = proxy.setup(own, stub.port, scenario)
         process = stack.enter_context(Process(setup.command, cores=cores.proxy, log=own / "log"))
 
         def serving() -> str | None:
-            return unready(setup.port, setup.admin_port)
+            return unready(setup)
 
         def idle() -> str | None:
             before = process.usage().cpu
@@ -194,7 +198,7 @@ class Runner:
         self, scenario: Scenario, contestant: _Contestant, stub: _Stub, turn: int, folder: Path
     ) -> Run:
         first_node = messages.FIRST_NODE_ID + _MOST_CONNECTIONS * next(self._runs)
-        command = [sys.executable, "-m", "bench.load", scenario.name, str(contestant.port)]
+        command = [sys.executable, "-m", _LOADS[scenario.front], scenario.name, str(contestant.port)]
         command += [str(self._options.warm), str(self._options.seconds), str(first_node)]
         stub_at_first = stub.stats()
         with Process(command, cores=self._cores.load, log=folder / "load.log", piped=True) as load:

@@ -41,14 +41,8 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 def ratios(values: dict[int, float], others: dict[int, float]) -> Spread | None:
     """How many times the other's cost this one is; both by round.
 
-    The median is the ratio of both medians. The spread is that of the ratios within each round, where both
-    met the same machine. None when either side has no values, or the other side's median is zero.
+    Each ratio is of two runs of one round, which met the same machine. None without a round in common, or
+    when the other side's cost was zero.
     """
-    if not values or not others:
-        return None
-    other = statistics.median(others.values())
-    if not other:
-        return None
-    median = statistics.median(values.values()) / other
     each = [values[turn] / others[turn] for turn in values if others.get(turn)]
-    return Spread(median, min(each, default=median), max(each, default=median))
+    return Spread.of(each) if each else None

@@ -29,11 +29,11 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A request that the stub knows: the size of its body, and the answer."""
+    """A request that the stub knows: the size of its message, and the message that answers it."""
 
     size: int
-    content_at: int | None  # the offset of the pushed content in the body
-    answer: memoryview
+    content_at: int | None  # the offset of the pushed content in the message
+    answer: bytes
 
 
 def expectations(scenario: Scenario) -> dict[str, Expected]:
@@ -45,12 +45,12 @@ def expectations(scenario: Scenario) -> dict[str, Expected]:
     prefix = messages.push_object_prefix(node, object_id, scenario.uploads)
     poll = messages.pull_messages_request(node)
     pull = messages.pull_object_request(node, object_id)
+    beat = messages.heartbeat_request(node)
     return {
-        messages.PULL_MESSAGES: Expected(len(poll), None, memoryview(messages.response(b""))),
-        messages.PULL_OBJECT: Expected(len(pull), None, memoryview(messages.response(pulled))),
-        messages.PUSH_OBJECT: Expected(
-            len(prefix) + scenario.uploads, len(prefix), memoryview(messages.response(messages.STORED))
-        ),
+        messages.PULL_MESSAGES: Expected(len(poll), None, b""),
+        messages.HEARTBEAT: Expected(len(beat), None, messages.BEATEN),
+        messages.PULL_OBJECT: Expected(len(pull), None, pulled),
+        messages.PUSH_OBJECT: Expected(len(prefix) + scenario.uploads, len(prefix), messages.STORED),
     }
 
 
@@ -60,6 +60,9 @@ class Upstream:
     def __init__(self, scenario: Scenario) -> None:
         """Listen on a free loopback port."""
         self._expected = expectations(scenario)
+        self._answers = {
+            path: memoryview(messages.response(expected.answer)) for path, expected in self._expected.items()
+        }
         self._object_id = messages.object_id_of(messages.content_of(scenario.payload))
         self._stats = Stats()
         self._epoll = select.epoll()
@@ -141,7 +144,7 @@ class Upstream:
                 raise WireError("the content was changed on its way")
             self._stats.hashed += 1
         self._stats.calls += 1
-        channel.send(expected.answer)
+        channel.send(self._answers[head.target])
 
     def _refuse(self, channel: Channel, text: str) -> None:
         self._stats.refused += 1

@@ -36,6 +36,25 @@ def test_unknown_scenario_is_refused() -> None:
         main(["nonsense"])
 
 
+def test_a_group_stands_for_its_scenarios() -> None:
+    grpc = chosen_scenarios(["grpc"])
+    assert {scenario.name for scenario in grpc} == {name for name in SCENARIOS if "grpc" in name}
+    assert not set(grpc) & set(chosen_scenarios(["http"]))
+    both = chosen_scenarios(["grpc", "small-call", "grpc-poll"])
+    assert both == [SCENARIOS["small-call"], *grpc]
+
+
+def test_a_file_that_cannot_take_the_results_is_told_before_they_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "Runner", None)
+    path = tmp_path / "file.md"
+    assert main(["grpc", "--proxy", "direct", "--publish", str(path)]) == 2
+    path.write_text("no marks")
+    assert main(["grpc", "--proxy", "direct", "--publish", str(path)]) == 2
+    assert "expected <!-- results of scripts/bench grpc -->" in capsys.readouterr().err
+
+
 def test_list_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     shown = capsys.readouterr().out

@@ -9,7 +9,9 @@ from bench import processes
 from bench.processes import free_port
 from bench.proxies import Proxy, Setup
 from bench.runner import Options, Outcome, Runner
-from bench.scenarios import SCENARIOS
+from bench.scenarios import SCENARIOS, Scenario
+
+HTTP = [scenario.name for scenario in SCENARIOS.values() if scenario.group == "http"]
 
 PASS_THROUGH = r"""
 import asyncio, signal, sys
@@ -63,7 +65,7 @@ asyncio.run(main())
 
 
 def pass_through(fault: str) -> Proxy:
-    def set_up(folder: Path, upstream: int) -> Setup:
+    def set_up(folder: Path, upstream: int, _: Scenario) -> Setup:
         port = free_port()
         program = folder / "proxy.py"
         program.write_text(PASS_THROUGH)
@@ -78,7 +80,7 @@ def outcome_of(scenario: str, fault: str) -> Outcome:
     return runner.outcome
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", HTTP)
 def test_a_proxy_that_forwards_is_measured(scenario: str) -> None:
     outcome = outcome_of(scenario, "honest")
     assert outcome.failures == []
@@ -120,7 +122,7 @@ def test_a_proxy_that_does_not_stop_has_no_result(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_proxy_that_does_not_start_says_why() -> None:
-    def set_up(folder: Path, upstream: int) -> Setup:
+    def set_up(folder: Path, upstream: int, _: Scenario) -> Setup:
         return Setup(
             [sys.executable, "-c", f"raise SystemExit('no {upstream} in {folder.name}')"], free_port()
         )
