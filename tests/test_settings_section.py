@@ -40,7 +40,7 @@ def test_what_is_no_mapping_is_refused(value: object) -> None:
 
 def test_nobody_changes_settings_that_others_hold() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Colours().first = "blue"  # type: ignore[misc]
+        Colours().first = "blue"
 
 
 def test_what_stands_below_a_key_is_its_documentation() -> None:

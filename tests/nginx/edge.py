@@ -58,6 +58,7 @@ class Answer:
     content_type: bytes = b""
 
 
+OK = Answer(200, b"ok", b"application/protobuf")
 EMPTY = Answer(200, b"", b"application/protobuf")
 COME_BACK = Answer(503, b"come back later\n", b"text/plain")
 GIVE_UP = Answer(403, b"too large\n", b"text/plain")

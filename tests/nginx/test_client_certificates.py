@@ -11,7 +11,7 @@ from relay import certificates
 from relay.authority import Authority
 from relay.wires.client_certificate import NAMES, from_header
 from tests.certificates import make_crl, make_pair
-from tests.nginx.edge import COME_BACK, EMPTY, PULL, PUSH, Answer, answer, answers, play, request
+from tests.nginx.edge import COME_BACK, EMPTY, OK, PULL, PUSH, Answer, answer, answers, play, request
 from tests.sockets import response
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     StartEdge = Callable[..., Edge]
 
-OK = Answer(200, b"ok", b"application/protobuf")
 FORGED = b"".join(name + b": :AAAA:\r\n" for name in sorted(NAMES))
 
 

@@ -15,9 +15,9 @@ from tests.nginx.edge import (
     CALLS,
     EMPTY,
     NOT_FOUND,
+    OK,
     PULL,
     PUSH,
-    Answer,
     answer,
     answers,
     path_of,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from tests.nginx.edge import Certificates, Edge
 
     StartEdge = Callable[..., Edge]
-
-OK = Answer(200, b"ok", b"application/protobuf")
 
 
 @pytest.mark.parametrize("options", [False, True])

@@ -18,10 +18,10 @@ from relay.fleet import Method
 from tests.nginx.edge import (
     CLOSED,
     COME_BACK,
+    OK,
     PULL,
     PUSH,
     SHIPPED,
-    Answer,
     Played,
     answers,
     drops,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     StartEdge = Callable[..., Edge]
 
 MIB = 1024 * 1024
-OK = Answer(200, b"ok", b"application/protobuf")
 
 
 async def takes_half(relay: Played, peer: Peer) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.load import Node, Tally, superlink
-from tests.nginx.edge import PULL, PUSH, Answer, Played, answers, play, replace, request
+from tests.nginx.edge import OK, PULL, PUSH, Played, answers, play, replace, request
 from tests.relay_process import RelayProcess
 from tests.sockets import CutError, Peer, response, until
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     StartEdge = Callable[..., Edge]
 
-OK = Answer(200, b"ok", b"application/protobuf")
 MIB = 1024 * 1024
 
 

@@ -18,9 +18,9 @@ from tests.nginx.edge import (
     CLOSED,
     COME_BACK,
     EMPTY,
+    OK,
     PULL,
     PUSH,
-    Answer,
     Played,
     answer,
     answers,
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from tests.nginx.edge import Edge
 
     StartEdge = Callable[..., Edge]
-
-OK = Answer(200, b"ok", b"application/protobuf")
 
 
 @pytest.mark.parametrize(

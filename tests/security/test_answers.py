@@ -65,12 +65,6 @@ SPLITTING = {
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Recorder]:
-    with Recorder() as recorder:
-        yield recorder
-
-
-@pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory, upstream: Recorder) -> Iterator[RelayProcess]:
     relay = RelayProcess(
         tmp_path_factory.mktemp("relay"),

@@ -62,12 +62,6 @@ class Path_(NamedTuple):  # noqa: N801 - not pathlib's
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Recorder]:
-    with Recorder() as recorder:
-        yield recorder
-
-
-@pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory, upstream: Recorder) -> Iterator[RelayProcess]:
     relay = RelayProcess(
         tmp_path_factory.mktemp("relay"),

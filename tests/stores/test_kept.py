@@ -14,7 +14,7 @@ from relay.stores.kept import LEASE, LINGER, PER_NODE, PIECE, KeptAnswers, Outco
 from relay.stores.records import BusyError, HostRecords
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 NODE = 2**64 - 7
 ME, OTHER = b"me      ", b"other   "
@@ -80,28 +80,6 @@ def worker(records: HostRecords, clock: Clock) -> Worker:
 @pytest.fixture
 def other(records: HostRecords, clock: Clock) -> Worker:
     return Worker(records, clock)
-
-
-@pytest.fixture
-def forked() -> Iterator[Callable[[Callable[[], object]], int]]:
-    """Run something in a forked process, as a worker is; none outlives the test."""
-    pids: list[int] = []
-
-    def fork(work: Callable[[], object]) -> int:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                work()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        pids.append(pid)
-        return pid
-
-    yield fork
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
 
 
 def left(records: HostRecords) -> int:

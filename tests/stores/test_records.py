@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from relay.stores.records import WAYS, BusyError, HostRecords, Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 SECONDS = 60.0
 
@@ -23,28 +23,6 @@ SECONDS = 60.0
 @pytest.fixture
 def records() -> HostRecords:
     return HostRecords(64, 32)
-
-
-@pytest.fixture
-def forked() -> Iterator[Callable[[Callable[[], object]], int]]:
-    """Run something in a forked process, as a worker is; none outlives the test."""
-    pids: list[int] = []
-
-    def fork(work: Callable[[], object]) -> int:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                work()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        pids.append(pid)
-        return pid
-
-    yield fork
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
 
 
 def test_what_was_put_is_got_until_it_is_deleted(records: HostRecords) -> None:

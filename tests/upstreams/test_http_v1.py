@@ -55,21 +55,27 @@ async def test_a_status_by_which_the_superlink_means_the_node_reaches_it(
 
 
 @pytest.mark.parametrize(
-    ("method", "status", "reason"),
+    ("wire", "method", "status", "reason"),
     [
-        (Method.SEND_NODE_HEARTBEAT, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
-        (Method.ACTIVATE_NODE, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
-        (Method.CONFIRM_MESSAGE_RECEIVED, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
-        (Method.PULL_MESSAGES, b"412 Precondition Failed", Reason.UPSTREAM_BAD_ANSWER),
-        (Method.PULL_OBJECT, b"500 Internal Server Error", Reason.UPSTREAM_REJECTED),
-        (Method.PULL_MESSAGES, b"500 Internal Server Error", Reason.UPSTREAM_BAD_ANSWER),
-        (Method.PULL_MESSAGES, b"503 Service Unavailable", Reason.UPSTREAM_DOWN),
+        (Wire.HTTP_V1, Method.SEND_NODE_HEARTBEAT, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+        (Wire.HTTP_V1, Method.ACTIVATE_NODE, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+        (Wire.HTTP_V1, Method.CONFIRM_MESSAGE_RECEIVED, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
+        (Wire.HTTP_V1, Method.PULL_MESSAGES, b"412 Precondition Failed", Reason.UPSTREAM_BAD_ANSWER),
+        (Wire.HTTP_V1, Method.PULL_OBJECT, b"500 Internal Server Error", Reason.UPSTREAM_REJECTED),
+        (Wire.HTTP_V1, Method.PULL_MESSAGES, b"500 Internal Server Error", Reason.UPSTREAM_BAD_ANSWER),
+        (Wire.HTTP_V1, Method.PULL_MESSAGES, b"503 Service Unavailable", Reason.UPSTREAM_DOWN),
+        # What only newer nodes understand:
+        (Wire.REST_V0, Method.PULL_MESSAGES, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
+        (Wire.REST_V0, Method.PULL_OBJECT, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
+        (Wire.REST_V0, Method.PUSH_OBJECT, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
+        (Wire.REST_V0, Method.UNREGISTER_NODE, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
     ],
 )
 async def test_a_status_that_would_only_harm_the_node_does_not_reach_it(
     make_pool: Callable[..., Pool],
     upstream: Listener,
     make_call: Callable[..., Call],
+    wire: Wire,
     method: Method,
     status: bytes,
     reason: Reason,
@@ -77,33 +83,7 @@ async def test_a_status_that_would_only_harm_the_node_does_not_reach_it(
     handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
     serving = asyncio.ensure_future(upstream.serve(response(b"x", status=status)))
     with pytest.raises(Refusal) as caught:
-        await handler(make_call(method))
-    assert caught.value.reason is reason
-    assert caught.value.status == int(status[:3])
-    await serving
-
-
-@pytest.mark.parametrize(
-    ("method", "status", "reason"),
-    [
-        (Method.PULL_MESSAGES, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
-        (Method.PULL_OBJECT, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
-        (Method.PUSH_OBJECT, b"403 Forbidden", Reason.UPSTREAM_REJECTED),
-        (Method.UNREGISTER_NODE, b"403 Forbidden", Reason.UPSTREAM_BAD_ANSWER),
-    ],
-)
-async def test_a_legacy_node_gets_no_status_that_only_newer_ones_understand(
-    make_pool: Callable[..., Pool],
-    upstream: Listener,
-    make_call: Callable[..., Call],
-    method: Method,
-    status: bytes,
-    reason: Reason,
-) -> None:
-    handler = http_v1.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
-    serving = asyncio.ensure_future(upstream.serve(response(b"x", status=status)))
-    with pytest.raises(Refusal) as caught:
-        await handler(make_call(method, wire=Wire.REST_V0))
+        await handler(make_call(method, wire=wire))
     assert (caught.value.reason, caught.value.status) == (reason, int(status[:3]))
     await serving
 

@@ -28,7 +28,7 @@ from relay.wires.rest_v0 import REST_V0
 from tests.sockets import PATIENCE, Listener, Message, Peer, connect
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from relay.call import Call, Ending, Metadata
     from relay.pipeline import Handler
@@ -127,6 +127,30 @@ class Served:
 async def echo(call: Call) -> Reply:
     """Answer with the body that was sent."""
     return Reply(Payload(await call.payload.read(1 << 24)), Source.LOCAL)
+
+
+class Listed:
+    """A body at hand in pieces, one a turn of the loop; what is an exception is raised."""
+
+    def __init__(self, pieces: Sequence[bytes | BaseException]) -> None:
+        self._pieces = list(pieces)
+
+    async def read(self) -> bytes:
+        await asyncio.sleep(0)
+        if not self._pieces:
+            return b""
+        piece = self._pieces.pop(0)
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
+
+    def close(self) -> None:
+        pass
+
+
+def source(pieces: Sequence[bytes | BaseException], *, size: int | None = None) -> Payload:
+    """Return a payload that comes in these pieces."""
+    return Payload(body=Listed(pieces), size=size)
 
 
 def checked(served: Served, handler: Handler) -> Handler:

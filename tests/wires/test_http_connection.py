@@ -18,10 +18,19 @@ from relay.fleet import Method
 from relay.refusal import Reason
 from relay.wires.http_request import WHOLE
 from tests.sockets import PATIENCE, CutError, response, until
-from tests.wires.conftest import CHUNKED, SPECS, check_rendering, echo, in_chunks, path_of, request
+from tests.wires.conftest import (
+    CHUNKED,
+    SPECS,
+    check_rendering,
+    echo,
+    in_chunks,
+    path_of,
+    request,
+    source,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
     from relay.call import Call
     from tests.sockets import Peer
@@ -35,33 +44,9 @@ MIB = 1024 * 1024
 pytestmark = pytest.mark.timeout(30)
 
 
-def source(pieces: Sequence[bytes | BaseException], *, size: int | None = None) -> Payload:
-    return Payload(body=Listed(pieces), size=size)
-
-
 def gone(node: Peer) -> bool:
     """Return whether nothing can be sent to the other end any more."""
     return node.reader.at_eof() or node.writer.is_closing()
-
-
-class Listed:
-    """A body at hand in pieces."""
-
-    def __init__(self, pieces: Sequence[bytes | BaseException]) -> None:
-        self.pieces = list(pieces)
-        self.closed = False
-
-    async def read(self) -> bytes:
-        await asyncio.sleep(0)
-        if not self.pieces:
-            return b""
-        piece = self.pieces.pop(0)
-        if isinstance(piece, BaseException):
-            raise piece
-        return piece
-
-    def close(self) -> None:
-        self.closed = True
 
 
 # -- HTTP as it may be spoken ---------------------------------------------------------------------------
