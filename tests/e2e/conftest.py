@@ -1,7 +1,8 @@
-"""Flower releases for the end-to-end tests, and a check that no process is left behind."""
+"""Flower releases for the end-to-end tests, and what holds at the end of each: nothing failed or is left."""
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,6 +10,8 @@ import psutil
 import pytest
 
 from drills.releases import ReleaseError, commands
+from relay.demo import metrics
+from relay.demo.federation import Federation, RunResult
 
 MARK = "FLOWER_END_TO_END_TEST"
 
@@ -60,3 +63,38 @@ def leftovers(
     for line in left:
         psutil.Process(int(line.split()[0])).kill()
     assert left == []
+
+
+def end_undisturbed(
+    federation: Federation,
+    result: RunResult,
+    direct: RunResult,
+    rounds: int,
+    *,
+    failed: Mapping[str, int] | None = None,
+) -> str:
+    """End a federation, whose run must have come to what a direct one came to, undisturbed.
+
+    Args:
+        federation: what is ended.
+        result: of its run.
+        direct: of a run without a relay.
+        rounds: how many there were.
+        failed: how many calls of each method failed; none if not given.
+
+    Returns:
+        The metrics of the relay once its nodes had left.
+    """
+    federation.stop_supernodes()
+    text = federation.relay_metrics()
+    federation.down()
+    assert federation.relay is not None
+    log = [json.loads(line) for line in federation.relay.output().splitlines()]
+    assert [done.number for done in result.rounds] == list(range(1, rounds + 1))
+    assert result.arrays == direct.arrays
+    assert [node.returncode for node in federation.supernodes] == [0] * len(federation.supernodes)
+    assert text is not None
+    counted = metrics.parse(text)
+    assert {method: calls.failed for method, calls in counted.items() if calls.failed} == (failed or {})
+    assert [line for line in log if line["level"] in {"warning", "error", "critical"}] == []
+    return text

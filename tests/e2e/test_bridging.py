@@ -3,7 +3,6 @@
 Each run has the same seed as one of flwr 1.42 alone, without a relay, and must leave the same arrays.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import pytest
 from relay.call import Wire
 from relay.demo import metrics
 from relay.demo.federation import Federation, Generation, RunResult
+from tests.e2e.conftest import end_undisturbed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("bridging")]
 
@@ -63,18 +63,6 @@ def test_a_run_ends_as_it_would_without_a_relay(
         flower(meeting.superlink), wire=meeting.spoken, nodes=nodes, relay_config={"log": {"level": "debug"}}
     ) as federation:
         federation.up()
-        result = federation.run(RUN_CONFIG)
-        federation.stop_supernodes()
-        text = federation.relay_metrics()
-        federation.down()
-        assert federation.relay is not None
-        log = [json.loads(line) for line in federation.relay.output().splitlines()]
-    assert [done.number for done in result.rounds] == list(range(1, ROUNDS + 1))
-    assert result.arrays == direct.arrays
-    assert [node.returncode for node in federation.supernodes] == [0] * NODES
-    assert text is not None
-    calls = metrics.parse(text)
-    assert {method: counted.failed for method, counted in calls.items() if counted.failed} == {}
-    assert calls["ConfirmMessageReceived"].total == NODES * ROUNDS * 2
+        text = end_undisturbed(federation, federation.run(RUN_CONFIG), direct, ROUNDS)
+    assert metrics.parse(text)["ConfirmMessageReceived"].total == NODES * ROUNDS * 2
     assert f'wire="{meeting.wire.value}"' in text
-    assert [line for line in log if line["level"] in {"warning", "error", "critical"}] == []

@@ -3,9 +3,12 @@
 The runs have the same seed as one of flwr 1.42 alone, without a relay, and must leave the same arrays.
 """
 
+import http.client
 import json
 import re
 import time
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +17,15 @@ import pytest
 from drills import nginx
 from drills.nginx import Nginx
 from relay.call import Wire
-from relay.demo import metrics
+from relay.credentials.keys.file import FileKeys
+from relay.credentials.keys.key import generate
 from relay.demo.federation import Federation, Generation, RunResult
 from relay.demo.processes import reserve_port, wait_ready
+from relay.fleet import Method
+from relay.wireformat import encode_bytes, encode_uint
+from tests.e2e.conftest import end_undisturbed
+from tests.e2e.test_auth import hand_out, leaked
+from tests.e2e.test_federation import ACCESS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("signing")]
 
@@ -58,19 +67,9 @@ def test_two_generations_in_one_run(
         federation.up()
         result = federation.run(RUN_CONFIG)
         known = list((tmp_path / "signing" / "nodes").iterdir())
-        federation.stop_supernodes()
-        text = federation.relay_metrics()
-        federation.down()
-        assert federation.relay is not None
-        log = [json.loads(line) for line in federation.relay.output().splitlines()]
-    assert [done.number for done in result.rounds] == list(range(1, ROUNDS + 1))
-    assert result.arrays == direct.arrays
-    assert [node.returncode for node in federation.supernodes] == [0, 0]
+        text = end_undisturbed(federation, result, direct, ROUNDS)
     assert len(known) == 1
     assert list((tmp_path / "signing" / "nodes").iterdir()) == []  # it has unregistered
-    assert text is not None
-    assert {method: calls.failed for method, calls in metrics.parse(text).items() if calls.failed} == {}
-    assert [line for line in log if line["level"] in {"warning", "error", "critical"}] == []
     served = re.findall(r'relay_calls_total\{[^}]*method="PullObject"[^}]*wire="(\w+)"', text)
     assert set(served) == {"http_v1", "rest_v0"}
 
@@ -120,15 +119,60 @@ def test_a_superlink_that_speaks_grpc(
     keys = tmp_path / "signing"
     with _federation(flower, [True, False], keys, superlink=(BETWEEN, Wire.GRPC)) as federation:
         federation.up()
+        end_undisturbed(federation, federation.run(RUN_CONFIG), direct, ROUNDS)
+
+
+def asked(port: int, method: Method, node: int, userinfo: str) -> int:
+    """Ask as a legacy node with this id would; return the status, 0 if the connection was cut."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        headers = {"content-type": "application/protobuf"}
+        if userinfo:
+            headers["authorization"] = f"Basic {b64encode(userinfo.encode()).decode()}"
+        body = encode_bytes(1, encode_uint(1, node)) + (encode_uint(2, 9) if method.ids.run else b"")
+        connection.request("POST", f"/api/v0/fleet/{method.path}", body, headers)
+        return connection.getresponse().status
+    except ConnectionError:
+        return 0
+    finally:
+        connection.close()
+
+
+def test_a_key_gets_the_signatures_of_its_own_node_alone(
+    flower: Callable[[str], Path], direct: RunResult, tmp_path: Path, leftovers: Callable[[], list[str]]
+) -> None:
+    """A legacy node is known by nothing but an id, and by the API key that its user gave it."""
+    store, directory = FileKeys(tmp_path / "keys.jsonl"), tmp_path / "signing"
+    keys = hand_out(store, 3)
+    users = [f"node-{number}:{key}" for number, key in enumerate(keys)]
+    with Federation(
+        flower(NEW),
+        nodes=[Generation(flower(LEGACY), Wire.REST_V0)] * 2,
+        relay_config={
+            "signing": {"directory": str(directory)},
+            "keys": {"file": str(store.path)},
+            "log": {"level": "debug"},
+        },
+        listener_config={"auth": {"accept": ["api_key"]}},
+        userinfo=users[:2],
+        superlink_log_level="DEBUG",
+    ) as federation:
+        federation.up()
+        owners = {
+            json.loads(path.read_text())["owner"]["name"]: int(path.name)
+            for path in (directory / "nodes").iterdir()
+        }
+        assert set(owners) == {"node-0", "node-1"}
+        port, node = federation.relay_port, owners["node-0"]
+        for stranger in (users[1], users[2], "", f"node-0:{generate()}"):
+            assert asked(port, Method.PULL_MESSAGES, node, stranger) == 401
+            assert asked(port, Method.GET_RUN, node, stranger) == 0
         result = federation.run(RUN_CONFIG)
-        federation.stop_supernodes()
-        text = federation.relay_metrics()
-        federation.down()
-        assert federation.relay is not None
-        log = [json.loads(line) for line in federation.relay.output().splitlines()]
-    assert [done.number for done in result.rounds] == list(range(1, ROUNDS + 1))
-    assert result.arrays == direct.arrays
-    assert [node.returncode for node in federation.supernodes] == [0, 0]
-    assert text is not None
-    assert {method: calls.failed for method, calls in metrics.parse(text).items() if calls.failed} == {}
-    assert [line for line in log if line["level"] in {"warning", "error", "critical"}] == []
+        strangers = {"PullMessages": 4, "GetRun": 4}
+        text = end_undisturbed(federation, result, direct, ROUNDS, failed=strangers)
+        served = Counter(ACCESS.findall(federation.superlink.output()))
+        assert leaked(federation, keys) == []
+    assert 'relay_signing_refusals_total{cause="not_its_node"} 4.0' in text
+    assert {status for _, status in served} == {"200"}
+    assert served["get-run", "200"] == 2, "those of the two nodes"
+    assert list((directory / "nodes").iterdir()) == []
