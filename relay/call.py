@@ -5,21 +5,31 @@ from __future__ import annotations
 import copy
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
-from google.protobuf.message import DecodeError
-
+from relay.fleet import NO_IDS, PEEK_BYTES, Ids, Method, peek
+from relay.payload import Body, Payload, View, ViewError
 from relay.proof import NodeProof
-from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from google.protobuf.message import Message
+    from relay.refusal import Refusal
 
-    from relay.fleet import Method
-
-    M = TypeVar("M", bound=Message)
+__all__ = [
+    "Body",
+    "Call",
+    "Certificate",
+    "Ending",
+    "Identity",
+    "Metadata",
+    "Payload",
+    "Reply",
+    "Source",
+    "View",
+    "ViewError",
+    "Wire",
+]
 
 #: Header pairs as they came: order, case and repetition kept, hop-by-hop ones removed. gRPC metadata stands
 #: here as the headers that mean the same (`relay.bridge`), so that policies know one form.
@@ -47,151 +57,6 @@ class Source(enum.Enum):
 
     UPSTREAM = "upstream"
     LOCAL = "local"
-
-
-class View(enum.IntEnum):
-    """How much of a payload a policy looks at; decides where the chain buffers."""
-
-    HEAD = 0
-    PEEK = 1
-    BYTES = 2
-    MESSAGE = 3
-
-
-class ViewError(AssertionError):
-    """A policy looked at more of a payload than its `sees` declares."""
-
-
-class Body(Protocol):
-    """The sending end of a body that is still arriving."""
-
-    async def read(self) -> bytes:
-        """Return the next piece; b"" at the end.
-
-        Raises:
-            Refusal: the sender broke the body off, or broke a rule.
-            NodeGone: the sender was the node, and it is gone.
-        """
-
-    def close(self) -> None:
-        """Give up what has not been read. Harmless after the end and when repeated."""
-
-
-class Payload:
-    """A body on its way: bytes at hand, or pieces that are read once. It only ever moves forward.
-
-    Attributes:
-        size: length in bytes, None if the sender did not say.
-        passed: bytes that have been read from it so far.
-        allowed: the most that may be looked at now; lowered only by a strict pipeline.
-    """
-
-    __slots__ = ("_body", "_data", "_message", "allowed", "passed", "size")
-
-    def __init__(self, data: bytes = b"", *, body: Body | None = None, size: int | None = None) -> None:
-        """Hold `data`, or, when `body` is given, the pieces that it will bring (`size` bytes in all)."""
-        self._data = data
-        self._body = body
-        self._message: Message | None = None
-        self.size = len(data) if body is None else size
-        self.passed = len(data) if body is None else 0
-        self.allowed = View.MESSAGE
-
-    @property
-    def data(self) -> bytes | None:
-        """The whole body if it is at hand, else None. For wires and upstreams."""
-        return self._data if self._body is None else None
-
-    @property
-    def replayable(self) -> bool:
-        """Whether the body can be sent a second time: it is at hand, and was not streamed away."""
-        return self._body is None and len(self._data) == self.size
-
-    async def peek(self, size: int) -> bytes:
-        """Return the first `size` bytes, fewer if the body is shorter; they stay unread.
-
-        Raises: what `Body.read` raises.
-        """
-        self._look(View.PEEK)
-        while self._body is not None and len(self._data) < size:
-            piece = await self._pull(self._body)
-            if not piece:
-                break
-            self._data += piece
-        return self._data[:size]
-
-    async def read(self, limit: int) -> bytes:
-        """Return the whole body and keep it, so that it can be read again.
-
-        Raises:
-            Refusal: TOO_LARGE if it is longer than `limit` bytes; else what `Body.read` raises.
-        """
-        self._look(View.BYTES)
-        if self._body is not None:
-            pieces = [self._data]
-            total = len(self._data)
-            while piece := await self._pull(self._body):
-                total += len(piece)
-                if total > limit:
-                    raise Refusal(Reason.TOO_LARGE, f"more than {limit} bytes to be held", by="payload")
-                pieces.append(piece)
-            self._data = b"".join(pieces)
-            self._body = None
-            self.size = total
-        if len(self._data) > limit:
-            raise Refusal(
-                Reason.TOO_LARGE, f"{len(self._data)} bytes, at most {limit} to be held", by="payload"
-            )
-        return self._data
-
-    async def message(self, of: type[M], limit: int) -> M:
-        """Return the body parsed as `of`, a Fleet message class; parsed once.
-
-        Raises:
-            Refusal: MALFORMED if it does not parse, TOO_LARGE over `limit` bytes.
-        """
-        self._look(View.MESSAGE)
-        if isinstance(self._message, of):
-            return self._message
-        message = of()
-        try:
-            message.ParseFromString(await self.read(limit))
-        except DecodeError as error:
-            raise Refusal(Reason.MALFORMED, f"no {of.__name__}: {error}", by="payload") from error
-        self._message = message
-        return message
-
-    def stream(self) -> Payload:
-        """Return an async iterator over the rest of the body, in pieces as they came."""
-        return self
-
-    def __aiter__(self) -> Payload:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._data:
-            piece, self._data = self._data, b""
-            return piece
-        if self._body is None:
-            raise StopAsyncIteration
-        piece = await self._pull(self._body)
-        if not piece:
-            raise StopAsyncIteration
-        return piece
-
-    def close(self) -> None:
-        """Give up what has not been read, so that nobody waits for it. May be repeated."""
-        if self._body is not None:
-            self._body.close()
-
-    async def _pull(self, body: Body) -> bytes:
-        piece = await body.read()
-        self.passed += len(piece)
-        return piece
-
-    def _look(self, view: View) -> None:
-        if view > self.allowed:
-            raise ViewError(f"a policy that sees {self.allowed.name} looked at {view.name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +111,8 @@ class Call:
     __slots__ = (
         "_ended",
         "_endings",
+        "_ids",
+        "_ids_within",
         "_origin",
         "_proof",
         "certificate",
@@ -292,6 +159,8 @@ class Call:
         self._endings: list[Callable[[Call, Ending], None]] = []
         self._ended: Ending | None = None
         self._origin: Call | None = None
+        self._ids = NO_IDS
+        self._ids_within = 0
 
     @property
     def proof(self) -> NodeProof | None:
@@ -304,12 +173,34 @@ class Call:
             self._proof = NodeProof.of_http(self.metadata)
         return self._proof
 
+    async def ids(self) -> Ids:
+        """Return the ids in the request, once its first bytes are here; these stay unread.
+
+        Raises: what `Body.read` raises.
+        """
+        if self._ids_within < PEEK_BYTES:
+            await self.payload.peek(PEEK_BYTES)
+        return self.ids_at_hand()
+
+    def ids_at_hand(self) -> Ids:
+        """Return the ids in the request as far as it is at hand, or was when they were asked for before.
+
+        They are read once, and once more when more of the body has come: one that stands there twice is
+        none. A policy that puts another body in place of the request's leaves the ids as they are.
+        """
+        head = self.payload.head
+        if len(head) > self._ids_within:
+            self._ids = peek(self.method, head)
+            self._ids_within = len(head)
+        return self._ids
+
     def beside(self, method: Method, request: bytes) -> Call:
         """Return another call of the same node, with all that is known of it. It ends when this one does."""
         other = copy.copy(self)
         other._origin, other._endings = self, []  # noqa: SLF001 - they are of this class
         other.method = method
         other.payload = Payload(request)
+        other._ids, other._ids_within = NO_IDS, 0  # noqa: SLF001
         other.fault = None
         return other
 

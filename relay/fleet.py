@@ -130,6 +130,9 @@ class Ids(NamedTuple):
     object_id: str | None = None
 
 
+#: Of a request without any, or that nothing is known of.
+NO_IDS = Ids()
+
 # An id stands within the first bytes of every request: node and run take at most 25, an object id 66.
 PEEK_BYTES = 256
 
@@ -155,7 +158,7 @@ def peek(method: Method, head: bytes) -> Ids:
             if not number or number not in (at.node, at.run, at.object):
                 continue
             if seen >> number & 1:
-                return Ids()  # no node repeats one, and who reads it next may take the other
+                return NO_IDS  # no node repeats one, and who reads it next may take the other
             seen |= 1 << number
             if number == at.node:
                 node = _node_id(value) if at.node_is_message else _uint(value)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar
 
 from relay.call import Call, Reply, Source, View
-from relay.fleet import Kind, Method, peek
+from relay.fleet import Kind, Method
 from relay.proof import ProofError
 from relay.wireformat import uint
 
@@ -48,17 +48,16 @@ class Accepted:
         return reply
 
     def _learn(self, call: Call, reply: Reply) -> None:
-        body = call.payload.data
         try:
             proof = call.proof
         except ProofError:
             return
-        if proof is None or body is None:
+        if proof is None or call.payload.data is None:
             return
         if call.method.kind is Kind.JOIN:
             node_id = uint(reply.payload.data or b"", 1)
         else:
-            node_id = peek(call.method, body).node_id
+            node_id = call.ids_at_hand().node_id
         if not node_id:
             return
         pair = (proof.public_key, node_id)

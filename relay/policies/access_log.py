@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import structlog
 
 from relay.call import Call, Ending, Reply, Source, View
-from relay.fleet import PEEK_BYTES, peek
 
 if TYPE_CHECKING:
     from relay.fleet import Method
@@ -32,28 +31,26 @@ class AccessLog:
 
     async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         """Pass the call on; the line is written when it has ended."""
-        head = b""
-        # Before the look at the body, which may end the call; `head` is what it is when that has ended.
-        call.on_end(lambda call, ending: self._write(call, ending, head))
+        call.on_end(self._write)  # before the look at the body, which may end the call
         if self._debug or call.payload.data is None:  # a long body will be gone by then
-            head = await call.payload.peek(PEEK_BYTES)
+            await call.ids()
         return await next(call)
 
-    def _write(self, call: Call, ending: Ending, head: bytes) -> None:
+    def _write(self, call: Call, ending: Ending) -> None:
         if ending.outcome == "ok":
             if self._debug:
-                log.debug("call", **_fields(call, ending, head))
+                log.debug("call", **_fields(call, ending))
         elif ending.lost:
             # The SuperLink has answered and the node does not know: for pull-messages a message is at stake.
-            log.warning("answer lost", **_fields(call, ending, head or call.payload.data or b""))
+            log.warning("answer lost", **_fields(call, ending))
         elif ending.refusal is not None:
-            log.info("call refused", **_fields(call, ending, head or call.payload.data or b""))
+            log.info("call refused", **_fields(call, ending))
         else:
-            log.info("call", **_fields(call, ending, head or call.payload.data or b""))
+            log.info("call", **_fields(call, ending))
 
 
-def _fields(call: Call, ending: Ending, head: bytes) -> dict[str, Any]:
-    ids = peek(call.method, head)
+def _fields(call: Call, ending: Ending) -> dict[str, Any]:
+    ids = call.ids_at_hand()
     fields: dict[str, Any] = {
         "method": call.method.rpc,
         "wire": call.wire.value,

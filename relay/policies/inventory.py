@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from relay.call import Call, Ending, Reply, Source, View, Wire
 from relay.credentials.node_keys import KeyFormatError, node_key
-from relay.fleet import Kind, Method, peek
+from relay.fleet import Kind, Method
 from relay.proof import ProofError
 from relay.stores.nodes import Facts, Refused
 from relay.wireformat import uint
@@ -115,8 +115,7 @@ class Inventory:
                 self._nodes.note(0, call.method, refused.at, refusals=1, refused=refused, facts=facts)
 
     def _ended(self, call: Call, ending: Ending) -> None:
-        body = call.payload.data
-        if body and (node_id := peek(call.method, body).node_id):
+        if call.payload.data and (node_id := call.ids_at_hand().node_id):
             self._note(node_id, call, ending)
 
     def _note(self, node_id: int, call: Call, ending: Ending) -> None:

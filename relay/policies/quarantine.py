@@ -22,7 +22,7 @@ from prometheus_client import Counter
 
 from relay.call import Call, Reply, View
 from relay.credentials.node_keys import KeyFormatError, node_key
-from relay.fleet import MAX_REQUEST, PEEK_BYTES, Kind, Method, peek
+from relay.fleet import MAX_REQUEST, Kind, Method
 from relay.proof import ProofError
 from relay.refusal import Reason, Refusal
 from relay.wireformat import TruncatedError, fields
@@ -80,7 +80,7 @@ async def _why(call: Call, listed: QuarantineList) -> str:
     if call.identity is not None and (entry := listed.find(identity=call.identity)) is not None:
         return _listed(entry)
     if listed.nodes and call.method.kind is not Kind.JOIN:
-        node_id = peek(call.method, await call.payload.peek(PEEK_BYTES)).node_id
+        node_id = (await call.ids()).node_id
         if node_id is None:
             return "a node id that cannot be read, while node ids are in quarantine"
         if (entry := listed.find(node_id=node_id)) is not None:

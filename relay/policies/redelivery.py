@@ -52,7 +52,7 @@ import structlog
 from prometheus_client import Counter
 
 from relay.call import Call, Ending, Payload, Reply, Source, View
-from relay.fleet import PEEK_BYTES, Method, peek
+from relay.fleet import Method
 from relay.refusal import Reason, Refusal
 from relay.stores.kept import Claim, KeptAnswers, Outcome
 from relay.stores.kept_hosts import KeptOnHosts
@@ -61,6 +61,7 @@ from relay.wireformat import TruncatedError, double, encode_bytes, encode_uint, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from relay.fleet import Ids
     from relay.pipeline import Handler
     from relay.stores.host import HostTable
     from relay.stores.kept_hosts import Redis
@@ -165,15 +166,16 @@ class Redelivery:
         if call.method is Method.PULL_MESSAGES:
             return await self._pull(call, next)
         head = await call.payload.peek(_HEAD_BYTES)
+        ids = await call.ids()
         reply = await next(call)
         if _accepted(reply):
-            self._learn(call, head, reply)
+            self._learn(call, head, ids, reply)
         return reply
 
     # -- pull-messages ------------------------------------------------------------------------------
 
     async def _pull(self, call: Call, next: Handler) -> Reply:  # noqa: A002
-        node = peek(Method.PULL_MESSAGES, await call.payload.peek(PEEK_BYTES)).node_id
+        node = (await call.ids()).node_id
         reply = await next(call)
         if node is None or not _accepted(reply):
             return reply
@@ -293,13 +295,12 @@ class Redelivery:
 
     # -- what other calls tell ----------------------------------------------------------------------
 
-    def _learn(self, call: Call, head: bytes, reply: Reply) -> None:
+    def _learn(self, call: Call, head: bytes, ids: Ids, reply: Reply) -> None:
         if call.method is Method.ACTIVATE_NODE:
             node = uint(reply.payload.data or b"", 1)
             if node:
                 self._is_available(node, head)
             return
-        ids = peek(call.method, head)
         node = ids.node_id
         if node is None:
             return

@@ -32,7 +32,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from relay.call import Call, Reply, View, Wire
-from relay.fleet import PEEK_BYTES, Kind, Method, peek
+from relay.fleet import Kind, Method
 from relay.refusal import Reason, Refusal
 from relay.stores.node_signers import Node, NodeSigners, Owner, Signer, StoreError
 from relay.wireformat import TruncatedError, fields, replace_bytes, uint
@@ -214,7 +214,7 @@ class Signing:
         owner = self._owner(call)
         if call.method.kind is Kind.JOIN:
             return await self._join(call, next, owner)
-        node_id = peek(call.method, await call.payload.peek(PEEK_BYTES)).node_id
+        node_id = (await call.ids()).node_id
         if not node_id:
             raise Refusal(Reason.MALFORMED, "no node id", by=self.name, sent=False)
         held = self._held.get(node_id)

@@ -27,7 +27,7 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from relay.call import Call, Identity, Metadata, Payload, Reply, Source, Wire
-from relay.fleet import Kind, Method
+from relay.fleet import MAX_REQUEST, Kind, Method
 from relay.pipeline import compose
 from relay.policies import signing
 from relay.policies.retry import Budget, Retry
@@ -36,6 +36,7 @@ from relay.refusal import Reason, Refusal
 from relay.stores import node_signers
 from relay.stores.node_signers import Node, NodeSigners, Owner
 from relay.wireformat import encode_bytes, encode_uint, well_formed
+from tests.test_payload import arriving
 from tests.upstreams.conftest import body
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ class SuperLink:
         return self.nodes.get(key)
 
     async def __call__(self, call: Call) -> Reply:
-        data = call.payload.data
-        assert data is not None
+        data = await call.payload.read(MAX_REQUEST[Kind.JOIN])
         message: Any = request_type(call.method)()
         message.ParseFromString(data)
         self.asked.append((call, message))
@@ -343,8 +343,12 @@ async def test_an_id_further_back_in_a_message_does_not_make_the_relay_sign_for_
     alices = await relay.join(ALICE)
     bobs = await relay.join(BOB)
     filler = encode_bytes(15, b"x" * 300)
-    data = request(Method.PULL_MESSAGES, bobs) + filler + request(Method.PULL_MESSAGES, alices)
-    refusal = await relay.refused(Method.PULL_MESSAGES, data, identity=BOB)
+    first, last = request(Method.PULL_MESSAGES, bobs) + filler, request(Method.PULL_MESSAGES, alices)
+    asked = len(relay.superlink.asked)
+    refusal = await relay.refused(Method.PULL_MESSAGES, first + last, identity=BOB)
+    assert refusal.reason is Reason.MALFORMED
+    assert len(relay.superlink.asked) == asked
+    refusal = await relay.refused(Method.PULL_MESSAGES, arriving(first, last), identity=BOB)
     assert refusal.reason is Reason.UNAUTHENTICATED
     _, message = relay.superlink.asked[-1]
     assert message.node.node_id == alices  # so it was the SuperLink that did not take it
