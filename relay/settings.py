@@ -12,7 +12,14 @@ from typing import Any, Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from relay import settings_auth, settings_nodes, settings_signing, settings_tls, settings_upstream
+from relay import (
+    settings_auth,
+    settings_nodes,
+    settings_signing,
+    settings_tls,
+    settings_unused,
+    settings_upstream,
+)
 from relay.settings_auth import Auth, Keys
 from relay.settings_limits import Limits
 from relay.settings_nodes import Inventory, NodeKeys, Quarantine
@@ -141,6 +148,7 @@ def _conflicts(settings: Settings) -> Iterator[_Conflict]:
     yield from (_Conflict(*found) for found in settings_tls.conflicts(settings))
     yield from (_Conflict(*found) for found in settings_nodes.conflicts(settings))
     yield from (_Conflict(*found) for found in settings_upstream.conflicts(settings))
+    yield from (_Conflict(*found) for found in settings_unused.conflicts(settings))
     limits = settings.limits
     if limits.header_size > limits.head_size:
         message = f"must be at most limits.head_size, which is {show_bytes(limits.head_size)}"

@@ -35,7 +35,7 @@ def test_every_setting_can_be_given_in_the_file(tmp_path: Path) -> None:
             },
             {"address": ":81"},
         ],
-        "keys": {"file": f"{tmp_path}/keys", "pepper_file": f"{tmp_path}/pepper", "stale": 0},
+        "keys": {"file": f"{tmp_path}/keys", "pepper_file": f"{tmp_path}/pepper"},
     }
     settings = load_tree(tmp_path, tree)
     assert settings.listeners[0].auth == Auth(
@@ -45,7 +45,7 @@ def test_every_setting_can_be_given_in_the_file(tmp_path: Path) -> None:
         enforce=False,
     )
     assert settings.listeners[1].auth == Auth()
-    assert settings.keys == Keys(file=tmp_path / "keys", pepper_file=tmp_path / "pepper", stale=0.0)
+    assert settings.keys == Keys(file=tmp_path / "keys", pepper_file=tmp_path / "pepper")
 
 
 def test_every_setting_can_be_given_in_the_environment() -> None:

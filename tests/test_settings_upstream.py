@@ -75,7 +75,7 @@ def test_further_addresses_are_taken(name: str) -> None:
             "upstream.server_name = b: cannot be used with upstream.wire: grpc: leave it out",
         ),
         (
-            {"upstream": {"health": {"ejection": 61}}},
+            {"upstream": {"health": {"ejection": 61}, "standby": [B]}},
             (
                 "upstream.health.ejection = 61s: must be at most upstream.health.max_ejection, which is 60s"
                 " (relay.yaml:3)"
@@ -105,6 +105,7 @@ def test_what_is_wrong_with_several_addresses_is_named_all_at_once(tmp_path: Pat
 
 
 def test_the_most_itself_is_allowed(tmp_path: Path) -> None:
-    tree = {"upstream": {"health": {"ejection": 60}}, "shed": {"limit": 9, "min_limit": 9}}
+    upstream = {"health": {"ejection": 60}, "standby": [B]}
+    tree = {"upstream": upstream, "shed": {"limit": 9, "min_limit": 9}}
     settings = load_tree(tmp_path, tree)
     assert (settings.upstream.health.ejection, settings.shed.min_limit) == (60.0, 9)
