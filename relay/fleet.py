@@ -154,9 +154,7 @@ def peek(method: Method, head: bytes) -> Ids:
     obj: str | None = None
     seen = 0
     try:
-        for number, value in fields(head):
-            if not number or number not in (at.node, at.run, at.object):
-                continue
+        for number, value in fields(head, (at.node, at.run, at.object)):
             if seen >> number & 1:
                 return NO_IDS  # no node repeats one, and who reads it next may take the other
             seen |= 1 << number

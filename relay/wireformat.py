@@ -9,7 +9,7 @@ import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _DOUBLE = struct.Struct("<d")
@@ -19,8 +19,12 @@ class TruncatedError(Exception):
     """The bytes end, or stop being protobuf, in the middle of a field."""
 
 
-def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def fields(data: bytes, only: Container[int] | None = None) -> Iterator[tuple[int, int | bytes]]:
     """Yield (field number, value) of the varint and length-delimited fields, in their order.
+
+    Args:
+        data: a serialized message.
+        only: numbers of those that are wanted; what others hold, which may be a model, is not copied.
 
     Raises:
         TruncatedError: in the middle of a field; what was yielded before stands.
@@ -33,12 +37,14 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise TruncatedError
         if wire_type == _VARINT:
             value, at = _varint(data, at)
-            yield number, value
+            if only is None or number in only:
+                yield number, value
         elif wire_type == _LENGTH:
             size, at = _varint(data, at)
             if at + size > end:
                 raise TruncatedError
-            yield number, data[at : at + size]
+            if only is None or number in only:
+                yield number, data[at : at + size]
             at += size
         elif wire_type in (_FIXED64, _FIXED32):
             at += 8 if wire_type == _FIXED64 else 4
@@ -69,7 +75,7 @@ def replace_bytes(data: bytes, number: int, value: bytes) -> bytes:
 def well_formed(data: bytes) -> bool:
     """Return whether `data` has the structure of a message, whatever its type; b"" has."""
     try:
-        for _ in fields(data):
+        for _ in fields(data, only=()):
             pass
     except TruncatedError:
         return False

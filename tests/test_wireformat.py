@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata, PullObjectRequest
@@ -129,3 +131,41 @@ def test_garbage_is_told_from_a_message_when_a_field_is_replaced(data: bytes) ->
     else:
         with pytest.raises(TruncatedError):
             replace_bytes(data, 1, b"x")
+
+
+def read(data: bytes, only: set[int] | None = None) -> list[tuple[int, int | bytes]]:
+    """Return the fields; (0, b"") stands where they break off."""
+    found: list[tuple[int, int | bytes]] = []
+    try:
+        for field in fields(data, only):
+            found.append(field)  # noqa: PERF402 - what came before the error stands
+    except TruncatedError:
+        found.append((0, b""))
+    return found
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.integers(min_value=1, max_value=5), st.binary(max_size=20) | UINT64), max_size=8
+    ),
+    garbage=st.binary(max_size=12),
+    only=st.sets(st.integers(min_value=1, max_value=6)),
+)
+def test_the_fields_that_are_wanted_are_those_of_all(
+    parts: list[tuple[int, int | bytes]], garbage: bytes, only: set[int]
+) -> None:
+    encoded = [encode_uint(n, v) if isinstance(v, int) else encode_bytes(n, v) for n, v in parts]
+    data = b"".join(encoded) + garbage
+    assert read(data, only) == [field for field in read(data) if field[0] in only | {0}]
+
+
+def test_what_is_not_wanted_is_not_copied() -> None:
+    data = encode_uint(1, 7) + encode_bytes(2, bytes(4 << 20))
+    tracemalloc.start()
+    try:
+        assert read(data, {1}) == [(1, 7)]
+        assert well_formed(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000
