@@ -19,7 +19,8 @@ that they share.
 
 Files are written under another name and then renamed, so that nobody reads half a one. To part with a node,
 remove its file: within a minute it is refused, and exits. Without the secret all of them would have to
-register anew. A node that has not been heard of for `forget_after` is forgotten.
+register anew. A node that has not been heard of for `forget_after` is forgotten; not at once after a start or
+a step of the clock, by which all of them might look forgotten: those that live are heard of in time.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ _PURPOSE = b"flwr-relay signing v1"
 #: A file of a node that is in use is touched once a day; as often forgotten ones are looked for.
 _DAY = 24 * 3600.0
 _HALF = ".half-"
+#: After a start, or a step of the clock, the file of each node that lives is touched within this time.
+_CALM = 600.0
+#: More than this between the clock and a steady one is a step.
+_STEP = 60.0
 #: A secret is new for so long.
 _NEW = 600.0
 
@@ -115,6 +120,7 @@ class NodeSigners:
         self._forget_after = forget_after
         self._secret = b""
         self._next_sweep = 0.0
+        self._ahead: float | None = None
 
     def derive(self, node: Node) -> Signer:
         """Return the key pair of `node`; about 0.3 ms of CPU."""
@@ -211,10 +217,14 @@ class NodeSigners:
 
     def _sweep(self) -> None:
         """Once a day, remove the files of nodes that were not heard of, and what was left half written."""
-        now = time.time()
-        if now < self._next_sweep:
+        now, steady = time.time(), time.monotonic()
+        ahead = now - steady
+        if self._ahead is None or abs(ahead - self._ahead) > _STEP:
+            self._next_sweep = steady + _CALM
+        self._ahead = ahead
+        if steady < self._next_sweep:
             return
-        self._next_sweep = now + _DAY
+        self._next_sweep = steady + _DAY
         for path, age in [
             *((path, self._forget_after + _DAY) for path in self._nodes.iterdir()),
             *((path, _DAY) for path in self._directory.glob(f"{_HALF}*")),

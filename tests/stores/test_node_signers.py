@@ -183,6 +183,52 @@ def test_a_node_that_is_gone_for_long_is_forgotten_and_one_in_use_is_not(
     assert (directory / "secret").exists()
 
 
+class Clocks:
+    """Both clocks of the host, which go as far as a test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall, self.steady = time.time(), time.monotonic()
+        monkeypatch.setattr(node_signers.time, "time", lambda: self.wall)
+        monkeypatch.setattr(node_signers.time, "monotonic", lambda: self.steady)
+
+    def go(self, seconds: float) -> None:
+        self.wall += seconds
+        self.steady += seconds
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_clock_that_is_ahead_forgets_no_node_before_it_could_be_heard_of(
+    signers: NodeSigners, directory: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    clocks = Clocks(monkeypatch)
+    for node_id in (7, 8):
+        signers.put(node_id, NODE)
+    clocks.wall += 2 * MONTH
+    if restarted:
+        signers = NodeSigners(directory, MONTH)
+    for _ in range(2):
+        signers.put(9, NODE)
+        clocks.go(node_signers._CALM - 1)
+    assert signers.find(7) == NODE
+    os.utime(directory / "nodes" / "7", (clocks.wall, clocks.wall))  # what the system does then
+    clocks.go(2)
+    signers.put(9, NODE)
+    assert (directory / "nodes" / "7").exists()
+    assert not (directory / "nodes" / "8").exists()
+
+
+def test_a_clock_that_is_put_right_little_by_little_is_no_step(
+    signers: NodeSigners, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = Clocks(monkeypatch)
+    signers.put(7, NODE)
+    for _ in range(40):
+        clocks.go(DAY)
+        clocks.wall += node_signers._STEP / 2
+        signers.put(8, NODE)
+    assert not (directory / "nodes" / "7").exists()
+
+
 # -- a directory that is not what it should be ------------------------------------------------------
 
 
