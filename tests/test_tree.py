@@ -22,6 +22,14 @@ def test_no_module_is_longer_than_can_be_read_in_one_go() -> None:
     assert over == {}, "split it by what its parts mean"
 
 
+def test_the_tests_of_a_module_stand_where_one_looks_for_them() -> None:
+    """tests/stores/test_kept.py for relay/stores/kept.py; the app of the demo is run by its federations."""
+    modules = [at.relative_to(RELAY) for at in RELAY.rglob("*.py") if at.name != "__init__.py"]
+    mirrored = [at for at in modules if at.parts[:2] != ("demo", "app")]
+    tests = {at: ROOT / "tests" / at.with_name(f"test_{at.name.replace('__', '')}") for at in mirrored}
+    assert [str(at) for at, test in tests.items() if not test.exists()] == []
+
+
 def is_there(name: str) -> bool:
     """Return whether there is such a file or directory, named from the root or from `relay`; `*` is any."""
     return any(
