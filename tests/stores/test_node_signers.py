@@ -188,8 +188,8 @@ class Clocks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall, self.steady = time.time(), time.monotonic()
-        monkeypatch.setattr(node_signers.time, "time", lambda: self.wall)
-        monkeypatch.setattr(node_signers.time, "monotonic", lambda: self.steady)
+        monkeypatch.setattr("relay.stores.node_signers.time.time", lambda: self.wall)
+        monkeypatch.setattr("relay.stores.node_signers.time.monotonic", lambda: self.steady)
 
     def go(self, seconds: float) -> None:
         self.wall += seconds
@@ -203,6 +203,9 @@ def test_a_clock_that_is_ahead_forgets_no_node_before_it_could_be_heard_of(
     clocks = Clocks(monkeypatch)
     for node_id in (7, 8):
         signers.put(node_id, NODE)
+    clocks.go(node_signers._CALM)
+    signers.put(9, NODE)
+    clocks.go(DAY)
     clocks.wall += 2 * MONTH
     if restarted:
         signers = NodeSigners(directory, MONTH)
