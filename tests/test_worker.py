@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from relay.app import Relay
     from relay.call import Call
+    from relay.settings import Settings
+
 pytestmark = pytest.mark.timeout(60)
 
 ASK = request(Method.GET_RUN, b"abc")
@@ -355,13 +357,19 @@ async def test_a_worker_whose_master_is_gone_stops_and_says_so_once() -> None:
     assert [line["event"] for line in logs] == ["the master is gone; stopping"]
 
 
-async def test_a_worker_whose_pepper_cannot_be_read_waits_for_it_alive(tmp_path: Path) -> None:
-    """Ended by the error, it would end the whole relay: gunicorn does so with a worker that cannot start."""
-    pepper = tmp_path / "pepper"
+def without_pepper(directory: Path) -> tuple[Settings, Path]:
+    """Return settings that were right until the file with the pepper was taken away, and its path."""
+    pepper = directory / "pepper"
     pepper.write_bytes(b"0123456789abcdef")
-    keys = {"RELAY_KEYS__FILE": f"{tmp_path}/keys.jsonl", "RELAY_KEYS__PEPPER_FILE": str(pepper)}
+    keys = {"RELAY_KEYS__FILE": f"{directory}/keys.jsonl", "RELAY_KEYS__PEPPER_FILE": str(pepper)}
     settings = load(None, {**keys, "RELAY_LISTENERS__0__AUTH__ACCEPT": "[api_key]"})
     pepper.unlink()
+    return settings, pepper
+
+
+async def test_a_worker_whose_pepper_cannot_be_read_waits_for_it_alive(tmp_path: Path) -> None:
+    """Ended by the error, it would end the whole relay: gunicorn does so with a worker that cannot start."""
+    settings, pepper = without_pepper(tmp_path)
     worker = Telling(os.getppid())
     with structlog.testing.capture_logs() as logs:
         waiting = asyncio.create_task(worker._files_are_sound(settings))
@@ -375,11 +383,7 @@ async def test_a_worker_whose_pepper_cannot_be_read_waits_for_it_alive(tmp_path:
 
 
 async def test_a_worker_that_is_told_to_stop_waits_for_no_file(tmp_path: Path) -> None:
-    pepper = tmp_path / "pepper"
-    pepper.write_bytes(b"0123456789abcdef")
-    keys = {"RELAY_KEYS__FILE": f"{tmp_path}/keys.jsonl", "RELAY_KEYS__PEPPER_FILE": str(pepper)}
-    settings = load(None, {**keys, "RELAY_LISTENERS__0__AUTH__ACCEPT": "[api_key]"})
-    pepper.unlink()
+    settings, _ = without_pepper(tmp_path)
     worker = Telling(os.getppid())
     worker.stop.set()
     assert not await worker._files_are_sound(settings)
