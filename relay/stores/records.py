@@ -23,6 +23,7 @@ import hashlib
 import mmap
 import os
 import struct
+import threading
 import time
 import weakref
 import zlib
@@ -69,6 +70,9 @@ class HostRecords:
         os.ftruncate(self._file, length)
         self._memory = mmap.mmap(self._file, length)
         weakref.finalize(self, os.close, self._file)
+        # A record lock is the process's: it keeps no thread of the same process out, and what one thread
+        # unlocks is unlocked for the others.
+        self._threads = threading.Lock()
 
     def get(self, key: bytes) -> bytes | None:
         """Return the value of `key`; None if there is none (any more)."""
@@ -174,6 +178,11 @@ class HostRecords:
 
     @contextmanager
     def _locked(self, bucket: int) -> Iterator[None]:
+        with self._threads, self._locked_for_processes(bucket):
+            yield
+
+    @contextmanager
+    def _locked_for_processes(self, bucket: int) -> Iterator[None]:
         end = 0.0
         while True:
             try:

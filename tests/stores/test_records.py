@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -183,3 +184,22 @@ def test_it_is_a_map(steps: list[tuple[bytes, bytes | None]]) -> None:
             key: model.get(key) for key in (b"a", b"b", b"c")
         }
     assert sorted(records.values()) == sorted(model.values())
+
+
+def test_no_step_of_a_thread_is_lost(records: HostRecords) -> None:
+    """A record lock keeps no other thread of the process out."""
+
+    def add(value: bytes | None) -> Kept:
+        time.sleep(0)  # let another thread in
+        return Kept(bytes([value[0] + 1 if value else 1]), 60)
+
+    def count() -> None:
+        for _ in range(50):
+            records.update(b"a", add)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert records.get(b"a") == bytes([200])
