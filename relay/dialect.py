@@ -149,7 +149,7 @@ def _rest_v0(reason: Reason, kind: Kind | None) -> Cell:
         case Kind.PULL:
             return _NOTHING_NOW
         case Kind.PUSH if reason in _LASTING or reason is Reason.UNAUTHENTICATED:
-            return Cell(Status(403), "the node gives this message up and polls on; a retry would not help")
+            return _DROP_MESSAGE_403
         case Kind.LEAVE:
             return Cell(Drop(), _LEAVING)
         case Kind.CONFIRM if reason in _LASTING:

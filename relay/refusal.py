@@ -9,7 +9,25 @@ import enum
 
 
 class Reason(enum.Enum):
-    """Why a call was refused. The value is its name in logs and metrics."""
+    """Why a call was refused. The value is its name in logs and metrics.
+
+    Attributes:
+        RATE_LIMITED: its caller asks more often than it may.
+        OVERLOADED: too many calls, connections or bytes are here, or the SuperLink said so (429).
+        UPSTREAM_DOWN: the SuperLink cannot be reached, or broke off, or passes for being away (502 to 504).
+        UPSTREAM_TIMEOUT: it did not answer in time.
+        UPSTREAM_BAD_ANSWER: it gave one that a node would not understand, or not survive.
+        UPSTREAM_REJECTED: it said no to one message of a run.
+        BREAKER_OPEN: it is not asked, since it has failed again and again.
+        DRAINING: nothing is passed on for a while, by the operator's wish.
+        UNAUTHENTICATED: the caller has not proved who it is, and shall go.
+        STRANGER: the same, and it shall learn nothing.
+        FORBIDDEN: it is known, and may not do this at this time.
+        TOO_LARGE: the call is longer than it may be.
+        MALFORMED: it is broken, or came too slowly.
+        UNSUPPORTED: it is none of a wire and a method that are served.
+        INTERNAL: the relay has a bug.
+    """
 
     RATE_LIMITED = "rate_limited"
     OVERLOADED = "overloaded"

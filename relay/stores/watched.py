@@ -67,7 +67,6 @@ class Watched(Generic[T]):
         self._absent = absent
         self._read = False
         self.value: T | None = None
-        self._known: _Stamp | None = None
         self._busy = False
         self._known = self._stamp()
         self._take(*self._load())

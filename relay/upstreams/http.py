@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Kind, Method
 from relay.refusal import Reason, Refusal
-from relay.upstreams.rest import Rest
+from relay.upstreams.response_body import ResponseBody
 from relay.wireformat import uint, well_formed
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class HttpUpstream:
         if body is not None:
             return Payload(body)
         size = connection.size
-        payload = Payload(body=Rest(connection), size=size)
+        payload = Payload(body=ResponseBody(connection), size=size)
         if size is not None and size <= WHOLE:
             await payload.read(WHOLE)
         elif size is not None and size <= whole and self._awaited + size <= AWAITED:

@@ -1,4 +1,4 @@
-"""The rest of a response that its reader takes piece by piece."""
+"""The body of a response that its reader takes piece by piece."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from relay.upstreams.connection import Connection
 
 
-class Rest:
-    """The rest of one response; see `relay.call.Body`.
+class ResponseBody:
+    """What is to come of the body of one response; see `relay.call.Body`.
 
     Its end parts it from the connection, which may carry another exchange by then: reading on takes nothing
     from that one, and closing does not end it.

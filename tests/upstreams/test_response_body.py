@@ -1,4 +1,4 @@
-"""Who reads the rest of a response has nothing to do with the exchange that comes after it."""
+"""Who reads the body of a response has nothing to do with the exchange that comes after it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from relay.refusal import Reason, Refusal
-from relay.upstreams.rest import Rest
+from relay.upstreams.response_body import ResponseBody
 
 if TYPE_CHECKING:
     from relay.upstreams.connection import Connection
@@ -30,8 +30,8 @@ class Played:
         self.closed += 1
 
 
-def rest_of(connection: Played) -> Rest:
-    return Rest(cast("Connection", connection))
+def rest_of(connection: Played) -> ResponseBody:
+    return ResponseBody(cast("Connection", connection))
 
 
 async def test_after_its_end_it_takes_nothing_of_the_next_response_and_does_not_end_it() -> None:
