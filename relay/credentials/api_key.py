@@ -54,8 +54,12 @@ class ApiKey:
                 "wrong_name", f"key {record.id} is {record.name!r}'s, and came under another user name"
             )
         state = record.state(self._now())
+        if state == "not_yet_valid":
+            # It is right, and a matter of time; or this host's clock is behind, and would end the node.
+            detail = f"key {record.id} of {record.name!r} is not yet valid by this host's clock"
+            raise Refusal(Reason.UPSTREAM_DOWN, detail, by=self.name, sent=False, cause=state)
         if state != "valid":
-            raise _wrong(state, f"key {record.id} of {record.name!r} is {state.replace('_', ' ')}")
+            raise _wrong(state, f"key {record.id} of {record.name!r} is {state}")
         return entry.identity
 
 

@@ -168,7 +168,6 @@ async def test_a_mistyped_key_is_told_apart_and_not_named(make_call: MakeCall) -
     [
         ({"revoked": 5}, "revoked"),
         ({"expires": NOW}, "expired"),
-        ({"not_before": NOW + 1}, "not_yet_valid"),
     ],
 )
 async def test_a_key_that_is_not_valid_is_refused_by_name(
@@ -179,6 +178,20 @@ async def test_a_key_that_is_not_valid_is_refused_by_name(
     assert is_refused(outcome, cause, KEY)
     assert KEY.id.decode() in str(outcome)
     assert "node-a" in str(outcome)
+
+
+async def test_a_key_that_is_not_valid_yet_ends_no_node(make_call: MakeCall) -> None:
+    """It may be this host's clock that is behind."""
+    known = await credential(record(KEY, not_before=NOW + 1))
+    outcome = await check(make_call, known, [(b"x-api-key", str(KEY).encode())])
+    assert isinstance(outcome, Refusal)
+    assert (outcome.reason, outcome.cause, outcome.sent) == (Reason.UPSTREAM_DOWN, "not_yet_valid", False)
+    wrong = record(generate(), not_before=NOW + 1)._replace(id=KEY.id.decode())
+    assert is_refused(
+        await check(make_call, await credential(wrong), [(b"x-api-key", str(KEY).encode())]),
+        "unknown_key",
+        KEY,
+    )
 
 
 @pytest.mark.parametrize("more", [{"expires": NOW + 1}, {"not_before": NOW}])
