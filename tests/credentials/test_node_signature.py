@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from relay.call import Call, Identity, Wire
+from relay.call import Call, Identity, Payload, Reply, Source, Wire
 from relay.credentials.allowed_keys import AllowedKey
 from relay.credentials.node_keys import NodeKeys, read_key
 from relay.credentials.node_signature import NodeSignature
 from relay.fleet import Method
-from relay.refusal import Refusal
+from relay.policies import Auth
+from relay.refusal import Reason, Refusal
 from tests.signing import Node
 
 MakeCall = Callable[..., Call]
@@ -51,6 +53,25 @@ async def test_key_and_time_are_always_looked_at(make_call: MakeCall, always: bo
         with pytest.raises(Refusal) as caught:
             await credential.check(make_call(Method.PULL_MESSAGES, metadata=headers))
         assert caught.value.cause == cause
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("wire", [wire for wire in Wire if wire is not Wire.REST_V0])
+@pytest.mark.parametrize("wrong", [-(10**9), -400, -6, 306, 10**9])
+async def test_a_wrong_clock_of_this_host_ends_no_node(
+    make_call: MakeCall, wire: Wire, wrong: float, always: bool
+) -> None:
+    keys = NodeKeys(allowed=LIST, now=lambda: time.time() + wrong)
+    auth = Auth(((NodeSignature(keys, always=always),),), drop=True)
+
+    async def upstream(_: Call) -> Reply:
+        return Reply(Payload(), Source.UPSTREAM)
+
+    for method in Method:
+        call = make_call(method, metadata=NODE.headers(), wire=wire)
+        with pytest.raises(Refusal) as caught:
+            await auth.handle(call, upstream)
+        assert (caught.value.reason, caught.value.cause) == (Reason.UPSTREAM_DOWN, "clock")
 
 
 async def test_the_signature_is_left_to_the_superlink_if_asked(make_call: MakeCall) -> None:
