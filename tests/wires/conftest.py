@@ -129,6 +129,16 @@ async def echo(call: Call) -> Reply:
     return Reply(Payload(await call.payload.read(1 << 24)), Source.LOCAL)
 
 
+def echo_when(go: asyncio.Event) -> Handler:
+    """Return a handler that answers with the body that was sent, once `go` is set."""
+
+    async def handle(call: Call) -> Reply:
+        await go.wait()
+        return await echo(call)
+
+    return handle
+
+
 class Listed:
     """A body at hand in pieces, one a turn of the loop; what is an exception is raised."""
 

@@ -23,6 +23,7 @@ from tests.wires.conftest import (
     SPECS,
     check_rendering,
     echo,
+    echo_when,
     in_chunks,
     path_of,
     request,
@@ -219,12 +220,7 @@ async def test_a_node_that_says_close_is_answered_and_closed(serve: Serve) -> No
 
 async def test_an_idle_connection_is_closed_in_its_time_and_not_while_it_is_busy(serve: Serve) -> None:
     go = asyncio.Event()
-
-    async def handler(call: Call) -> Reply:
-        await go.wait()
-        return await echo(call)
-
-    served = await serve(handler, keepalive=0.1)
+    served = await serve(echo_when(go), keepalive=0.1)
     silent, talking = await served.node(), await served.node()
     talking.send(request(b"abc"))
     started = asyncio.get_running_loop().time()
@@ -475,12 +471,7 @@ async def test_what_is_no_sound_http_is_closed_without_an_answer_and_counted_onc
 @pytest.mark.parametrize("name", ["text", "length and chunked", "nul in value", "giant header"])
 async def test_garbage_behind_a_good_call_does_not_harm_it(serve: Serve, name: str) -> None:
     go = asyncio.Event()
-
-    async def handler(call: Call) -> Reply:
-        await go.wait()
-        return await echo(call)
-
-    served = await serve(handler)
+    served = await serve(echo_when(go))
     node = await served.node()
     node.send(OK)
     await until(lambda: served.calls)

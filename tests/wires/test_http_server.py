@@ -14,7 +14,7 @@ from relay.fleet import Method
 from relay.refusal import Reason, Refusal
 from relay.worker import drain
 from tests.sockets import PATIENCE, until
-from tests.wires.conftest import SPECS, check_rendering, echo, request
+from tests.wires.conftest import SPECS, check_rendering, echo_when, request
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -74,12 +74,7 @@ async def test_a_connection_too_many_that_says_nothing_is_soon_closed(serve: Ser
 
 async def test_behind_a_trusted_proxy_the_calls_in_flight_of_each_node_count(serve: Serve) -> None:
     go = asyncio.Event()
-
-    async def handler(call: Call) -> Reply:
-        await go.wait()
-        return await echo(call)
-
-    served = await serve(handler, connections_per_peer=2, trusted=("127.0.0.0/8",))
+    served = await serve(echo_when(go), connections_per_peer=2, trusted=("127.0.0.0/8",))
     nodes = [await served.node() for _ in range(4)]
 
     def ask(node: Peer, address: bytes) -> None:
@@ -131,12 +126,7 @@ async def test_a_refusal_of_a_draining_server_closes_too(serve: Serve) -> None:
 
 async def test_a_connection_is_busy_exactly_while_a_call_is_answered(serve: Serve) -> None:
     go = asyncio.Event()
-
-    async def handler(call: Call) -> Reply:
-        await go.wait()
-        return await echo(call)
-
-    served = await serve(handler)
+    served = await serve(echo_when(go))
     node = await served.node()
     await until(lambda: served.server.connections)
     assert served.front.busy == set()
