@@ -316,9 +316,9 @@ class Settings(_Section):
 
     mode: Literal["normal", "maintenance", "pass_through"] = "normal"
     """In `maintenance` the relay answers every call itself, in the way its node survives, and nothing reaches
-    the SuperLink. `pass_through` is for emergencies: nothing but counting, logging and the question who may
-    call stands between nodes and SuperLink, and its answers pass as they are, even those that end nodes. A
-    reload changes it."""
+    the SuperLink. `pass_through` is for emergencies: nothing but counting, logging and what says who may
+    call (`auth`, `quarantine`), and `signing`, stands between nodes and SuperLink, and its answers pass as
+    they are, even those that end nodes. A reload changes it."""
 
     pid_file: Annotated[PidFile | None, Doc("path")] = None
     """File that the master writes its process id to, for `flwr-relay reload`, in a directory that exists and

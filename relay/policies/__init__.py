@@ -5,7 +5,7 @@ ORDER is the order in which a call meets them:
     metrics      outermost: whatever happens further in is counted and timed once
     access_log   likewise written down once, with the refusal and its original
     inventory    likewise: what its node was refused belongs to what is known of it
-    maintenance  nothing but the two above happens to a call while the SuperLink is worked on
+    maintenance  nothing but what stands above happens to a call while the SuperLink is worked on
     auth         before anything looks at what a stranger sent; it stays in `mode: pass_through`
     validate     before anything acts on a call that the wire found to be broken
     quarantine   after both, so that it knows who calls and can read the ids; it stays in `mode: pass_through`
