@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = [group for group in GROUPS if any(scenario.group == group for scenario in scenarios)]
     if options.publish:
         try:
-            publish(options.publish, dict.fromkeys(groups, "None yet."))
+            publish(options.publish, dict.fromkeys(groups, ""), dry=True)
         except (OSError, PublishError) as error:
             print(f"--publish {options.publish}: {error}", file=sys.stderr)
             return 2

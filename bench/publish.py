@@ -36,8 +36,8 @@ def placed(text: str, group: str, section: str) -> str:
     return f"{before}{begin}\n\n{section.strip()}\n\n{end}{after}"
 
 
-def publish(path: Path, sections: dict[str, str]) -> None:
-    """Write the section of each group into the file.
+def publish(path: Path, sections: dict[str, str], *, dry: bool = False) -> None:
+    """Write the section of each group into the file; with `dry`, only see whether that would do.
 
     Raises:
         OSError: it cannot be read or written.
@@ -46,7 +46,8 @@ def publish(path: Path, sections: dict[str, str]) -> None:
     text = path.read_text()
     for group, section in sections.items():
         text = placed(text, group, section)
-    path.write_text(text)
+    if not dry:
+        path.write_text(text)
 
 
 def section(

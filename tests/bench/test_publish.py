@@ -48,6 +48,15 @@ def test_a_file_without_its_marks_is_left_alone(text: str, tmp_path: Path) -> No
     assert path.read_text() == text
 
 
+def test_a_file_is_looked_at_before_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "file.md"
+    path.write_text(f"{BEGIN}old{END}")
+    publish(path, {"grpc": "fresh"}, dry=True)
+    assert path.read_text() == f"{BEGIN}old{END}"
+    publish(path, {"grpc": "fresh"})
+    assert "fresh" in path.read_text()
+
+
 def test_a_section_has_a_row_of_each_proxy_with_its_ratios() -> None:
     lines = text_of(Outcome([*GRPC_RUNS, *RUNS])).splitlines()
     begin = "| grpc-poll | "
