@@ -1,4 +1,4 @@
-"""The command line: flwr-relay serve | check | explain | reload | keys | nodes | demo."""
+"""The command line: flwr-relay serve | check | explain | reload | keys | nodes | certs | demo."""
 
 from __future__ import annotations
 

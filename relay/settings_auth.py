@@ -7,14 +7,11 @@ from pydantic import AfterValidator, PlainValidator
 
 from relay.settings_files import PepperFile, StoreFile
 from relay.settings_section import Section
-from relay.settings_source import Key, show
+from relay.settings_source import Found, Key, show
 from relay.settings_types import Doc, Flag, RedisServer, SecondsOrZero
 
 if TYPE_CHECKING:
     from relay.settings_tree import Settings
-
-#: The keys that a problem is about, the first one reported; the value; what is wrong and what would be right.
-Found = tuple[tuple[Key, ...], str, str]
 
 CREDENTIALS: Final = ("api_key", "certificate", "node_signature")
 """The ways in which a node can prove who it is."""

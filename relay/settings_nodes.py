@@ -10,7 +10,7 @@ from relay.call import Wire
 from relay.credentials import allowed_keys
 from relay.settings_files import StoreFile
 from relay.settings_section import Section
-from relay.settings_source import Key, show
+from relay.settings_source import Found, Key, show
 from relay.settings_types import Doc, Flag, RedisServer, Seconds
 from relay.stores import lists, quarantine_list
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.settings_tree import Settings
-
-#: The keys that a problem is about, the first one reported; the value; what is wrong and what would be right.
-Found = tuple[tuple[Key, ...], str, str]
 
 
 def _readable(parse: "Callable[[str], object]") -> AfterValidator:

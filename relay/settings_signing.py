@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 from relay.call import Wire
 from relay.settings_files import SigningDirectory
 from relay.settings_section import Section
-from relay.settings_source import Key, dotted, show
+from relay.settings_source import Found, Key, dotted, show
 from relay.settings_types import Flag, Seconds
 
 if TYPE_CHECKING:
     from relay.settings_tree import Listener, Settings
-
-#: The keys that a problem is about, the first one reported; the value; what is wrong and what would be right.
-Found = tuple[tuple[Key, ...], str, str]
 
 
 class Signing(Section):

@@ -22,6 +22,9 @@ CONFIG_VARIABLE = "RELAY_CONFIG"
 
 Key = tuple[str | int, ...]
 
+#: The keys that a problem is about, the first one reported; the value; what is wrong and what would be right.
+Found = tuple[tuple[Key, ...], str, str]
+
 # What Kubernetes puts into every container of a namespace that has a Service named relay or relay-*.
 _SERVICE_LINK = re.compile(
     r"RELAY_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)\w*)?)"

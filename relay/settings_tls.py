@@ -10,14 +10,11 @@ from relay import certificates
 from relay.credentials.certificate import Pattern, check_template
 from relay.settings_files import CaFile, CertificateFile, CrlFile, KeyFile, pair_fault
 from relay.settings_section import Section
-from relay.settings_source import Key, show
+from relay.settings_source import Found, Key, show
 from relay.settings_types import Doc
 
 if TYPE_CHECKING:
     from relay.settings_tree import Listener, Settings
-
-#: The keys that a problem is about, the first one reported; the value; what is wrong and what would be right.
-Found = tuple[tuple[Key, ...], str, str]
 
 
 _NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", re.ASCII)

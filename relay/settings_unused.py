@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 from relay.call import Wire
 from relay.settings_section import Section
 from relay.settings_signing import asks
-from relay.settings_source import Key, dotted
+from relay.settings_source import Found, Key, dotted
 from relay.settings_types import Doc
 
 if TYPE_CHECKING:
     from relay.settings_tree import Settings
-
-#: The keys that a problem is about, the first one reported; the value; what is wrong and what would be right.
-Found = tuple[tuple[Key, ...], str, str]
 
 #: What bounds the heads of HTTP, the bytes as they pass, and the connections that we accept ourselves.
 _OF_HTTP = (

@@ -7,15 +7,12 @@ from pydantic import BeforeValidator, Field
 
 from relay.call import Wire
 from relay.settings_section import Section
-from relay.settings_source import Key, dotted
+from relay.settings_source import Found, Key, dotted
 from relay.settings_tls import off
 from relay.settings_types import BaseUrl, Bytes, Doc, Flag, Seconds, below, show_seconds
 
 if TYPE_CHECKING:
     from relay.settings_tree import Settings
-
-#: The keys that a problem is about, the first one reported; the value; what is wrong and what would be right.
-Found = tuple[tuple[Key, ...], str, str]
 
 _Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000), Doc("whole number above 0")]
 
