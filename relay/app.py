@@ -260,7 +260,12 @@ def policies(
             table=table,
             redis=_kept_redis(redelivery),
         ),
-        Repair: Repair(lost_answers=repair.lost_answers, reactivate=repair.reactivate, table=table),
+        Repair: Repair(
+            lost_answers=repair.lost_answers,
+            reactivate=repair.reactivate,
+            table=table,
+            rest=settings.upstream.wire is Wire.REST_V0,
+        ),
         Retry: Retry(
             enabled=retry.enabled,
             base=retry.base,

@@ -4,9 +4,9 @@ A lost answer is one that the SuperLink gave and nobody got: the connection brok
 SuperLink has then done what was asked, and refuses to do it again. Three cases would cost a message or a
 node, and in each of them the truth can be had (facts of flwr 1.42: docs/flower-compatibility.md):
 
-register-node: after an attempt that ended ambiguously, "public key already in use" (412, code 23; a 500
-from a REST SuperLink) means that the attempt had arrived. Nodes ignore the content of the answer, and over
-HTTP the SuperLink has checked the signature before it says so.
+register-node: after an attempt that ended ambiguously, "public key already in use" (412, code 23; only these
+words before flwr 1.33, and a 500 if it speaks REST) means that the attempt had arrived. Nodes ignore the
+content of the answer, and over HTTP the SuperLink has checked the signature before it says so.
 
 push-object: `stored=false` for an object that can be pulled means that it was stored before. `stored=true`
 is then the truth; told `false`, the node would drop its whole reply. A 500 is passing or lasting (a run that
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from typing import TYPE_CHECKING, ClassVar
 
@@ -44,8 +45,10 @@ log = structlog.get_logger("relay.policies.repair")
 
 REPAIRS = Counter("relay_repairs", "Lost answers and crashed nodes that were mended, by method", ["method"])
 
-_KEY_IN_USE = 23
-_ACTIVATION_FAILED = 2004
+#: Codes of the SuperLink's errors, and what gRPC SuperLinks say that have none (flwr 1.32.1
+#: `common/constant.py`, `server/superlink/fleet/message_handler/message_handler.py`).
+_KEY_IN_USE = (23, re.compile(rb"Public key already in use"))
+_ACTIVATION_FAILED = (2004, re.compile(rb"SuperNode with node ID -?\d+ could not be activated\."))
 _STORED = encode_uint(1, 1)
 _FAILING = b"failing:"
 #: Two times, in seconds, are one number of 64 bits.
@@ -80,6 +83,7 @@ class Repair:
         lost_answers: bool,
         reactivate: bool,
         table: HostTable,
+        rest: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """Mend what is switched on.
@@ -88,11 +92,13 @@ class Repair:
             lost_answers: of register-node and push-object.
             reactivate: let nodes in that the SuperLink still holds ONLINE.
             table: node ids by public key, and what happened to a key when.
+            rest: the SuperLink speaks legacy REST, which has no status for a key that is in use.
             now: seconds of a clock that all workers of the host share.
         """
         self._lost_answers = lost_answers
         self._reactivate = reactivate
         self._table = table
+        self._rest = rest
         self._now = now
 
     def applies(self, method: Method) -> bool:
@@ -121,7 +127,9 @@ class Repair:
                 return self._success(call)
             if not _is_ambiguous(refusal):
                 raise
-            if refusal.status != 500:  # which would be taken for its own reason, were it said twice
+            if not (
+                self._rest and refusal.status == 500
+            ):  # or it would be its own reason, were it said twice
                 self._remember(attempt)
         try:
             return await self._registered(call, await next(call), attempt)
@@ -131,13 +139,13 @@ class Repair:
             raise
 
     async def _registered(self, call: Call, reply: Reply, attempt: bytes) -> Reply:
-        if reply.status == 412 and self._age(attempt) is not None and await _code(reply) == _KEY_IN_USE:
+        if reply.status == 412 and self._age(attempt) is not None and await _says(reply, *_KEY_IN_USE):
             return self._success(call)
         return reply
 
     def _in_use(self, refusal: Refusal, attempt: bytes) -> bool:
-        """Return whether a REST SuperLink, which has no code for it, says that the key is in use."""
-        return refusal.status == 500 and self._age(attempt) is not None
+        """Return whether a REST SuperLink, which has no status for it, says that the key is in use."""
+        return self._rest and refusal.status == 500 and self._age(attempt) is not None
 
     def _success(self, call: Call) -> Reply:
         REPAIRS.labels(call.method.rpc).inc()
@@ -223,7 +231,7 @@ class Repair:
         if reply.status == 200:
             self._learn(key, reply)
             return reply
-        if reply.status != 412 or await _code(reply) != _ACTIVATION_FAILED:
+        if reply.status != 412 or not await _says(reply, *_ACTIVATION_FAILED):
             return reply
         if await self._deactivated(call, next, key):
             reply = await next(call)
@@ -284,11 +292,11 @@ def _bytes_field(data: bytes, number: int) -> bytes:
         return b""
 
 
-async def _code(reply: Reply) -> int | None:
-    """Return the code in a SuperLink's JSON error; the reply can still be passed on."""
+async def _says(reply: Reply, code: int, words: re.Pattern[bytes]) -> bool:
+    """Return whether a SuperLink's error has this code, or is these words; the reply can be passed on."""
+    body = await reply.payload.read(_ERROR_BYTES)
     try:
-        error = json.loads(await reply.payload.read(_ERROR_BYTES))
+        error = json.loads(body)
     except ValueError:
-        return None
-    code = error.get("code") if isinstance(error, dict) else None
-    return code if isinstance(code, int) else None
+        return words.fullmatch(body) is not None
+    return isinstance(error, dict) and error.get("code") == code

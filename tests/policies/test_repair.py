@@ -50,6 +50,10 @@ def error(status: int, code: int) -> Reply:
     return Reply(Payload(body), Source.UPSTREAM, status=status)
 
 
+def words(body: bytes) -> Reply:
+    return Reply(Payload(body), Source.UPSTREAM, status=412)
+
+
 def lost() -> Refusal:
     return Refusal(Reason.UPSTREAM_DOWN, "closed the connection")
 
@@ -103,19 +107,36 @@ def repair(table: HostTable, clock: Clock) -> Repair:
 # -- register-node ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "second",
-    [error(412, 23), Refusal(Reason.UPSTREAM_BAD_ANSWER, status=500)],
-    ids=["HTTP v1: code 23", "REST: 500"],
-)
-async def test_a_registration_that_had_arrived_is_a_success(
-    make_call: MakeCall, repair: Repair, second: Step
-) -> None:
+@pytest.fixture
+def before_rest(table: HostTable, clock: Clock) -> Repair:
+    return Repair(lost_answers=True, reactivate=True, table=table, rest=True, now=clock)
+
+
+async def registered(repair: Repair, make_call: MakeCall, second: Step) -> None:
     superlink = SuperLink(lost(), second)
     reply = await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
     assert (reply.status, reply.source) == (200, Source.LOCAL)
     RegisterNodeFleetResponse.FromString(await reply.payload.read(100))
     assert superlink.methods == [Method.REGISTER_NODE] * 2
+
+
+@pytest.mark.parametrize(
+    "second", [error(412, 23), words(b"Public key already in use")], ids=["code 23", "gRPC of flwr 1.32"]
+)
+async def test_a_registration_that_had_arrived_is_a_success(
+    make_call: MakeCall, repair: Repair, second: Step
+) -> None:
+    await registered(repair, make_call, second)
+
+
+async def test_a_rest_superlink_has_but_a_500_to_say_it(make_call: MakeCall, before_rest: Repair) -> None:
+    await registered(before_rest, make_call, failed())
+
+
+async def test_a_500_of_any_other_superlink_is_a_failure(make_call: MakeCall, repair: Repair) -> None:
+    for superlink in (SuperLink(lost(), failed()), SuperLink(failed(), failed())):
+        with pytest.raises(Refusal):
+            await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
 
 
 async def test_a_registration_that_had_not_arrived_is_made(make_call: MakeCall, repair: Repair) -> None:
@@ -175,14 +196,14 @@ async def test_a_registration_that_never_left_is_not_taken_for_an_attempt(
 
 @pytest.mark.parametrize("reason", [Reason.UPSTREAM_REJECTED, Reason.UPSTREAM_BAD_ANSWER])
 async def test_a_superlink_that_fails_each_time_has_registered_nobody(
-    make_call: MakeCall, repair: Repair, reason: Reason
+    make_call: MakeCall, before_rest: Repair, reason: Reason
 ) -> None:
     """A REST SuperLink says 500 of a key in use, too, and would be its own reason to believe that."""
     failures = [Refusal(reason, status=500) for _ in range(4)]
     superlink = SuperLink(*failures)
     for second in (failures[1], failures[3]):
         with pytest.raises(Refusal) as caught:
-            await repair.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
+            await before_rest.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
         assert caught.value is second
 
 
@@ -425,12 +446,17 @@ async def test_a_stored_push_costs_nothing_more(make_call: MakeCall, repair: Rep
 ACTIVATED = ActivateNodeResponse(node_id=77).SerializeToString()
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [error(412, 2004), words(b"SuperNode with node ID 77 could not be activated.")],
+    ids=["code 2004", "gRPC of flwr 1.32"],
+)
 async def test_a_node_that_came_back_is_deactivated_with_its_own_proof_and_let_in(
-    make_call: MakeCall, repair: Repair
+    make_call: MakeCall, repair: Repair, refused: Reply
 ) -> None:
     await repair.handle(make_call(Method.ACTIVATE_NODE, ACTIVATE), SuperLink(ok(ACTIVATED)))
     again = ok(ACTIVATED)
-    superlink = SuperLink(error(412, 2004), ok(), again)
+    superlink = SuperLink(refused, ok(), again)
     call = make_call(Method.ACTIVATE_NODE, ACTIVATE, metadata=[(b"flwr-signature", b"fresh")])
     assert await repair.handle(call, superlink) is again
     deactivation = superlink.asked[1]
