@@ -109,11 +109,14 @@ class FileKeys:
         """Return the content, and what tells it from a later one; None if that cannot be told yet."""
         # Not blocking: that a named pipe stands there must not stop a worker's reading for good.
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
-            state = os.fstat(file.fileno())
+        try:
+            state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode) or state.st_size > MOST_BYTES:
                 raise StoreError(f"{self.path} is no file of at most {MOST_BYTES >> 20} MiB")
-            text = file.read(MOST_BYTES + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                text = file.read(MOST_BYTES + 1)
+        finally:
+            os.close(descriptor)  # `open` leaves that of a directory open
         settled = abs(time.time() - state.st_mtime) > _COARSE
         return (_signature(state) if settled else None), text
 
