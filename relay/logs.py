@@ -8,13 +8,13 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any, Final, TextIO, cast
+from typing import Any, Final, TextIO
 
 import structlog
 from structlog.processors import ExceptionRenderer, TimeStamper, add_log_level, format_exc_info
 from structlog.stdlib import LoggerFactory, ProcessorFormatter, add_logger_name
 from structlog.tracebacks import ExceptionDictTransformer
-from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from relay.settings import Log
 
@@ -25,6 +25,7 @@ MASKED: Final = frozenset(
 
 _DEEPEST = 8
 # gunicorn keeps these two from the root logger, so they get the handler themselves.
+_CYGRPC = "grpc._cython.cygrpc"
 _APART_FROM_ROOT = ("gunicorn.error", "gunicorn.access")
 _FIRST = ("timestamp", "level", "event", "logger")
 
@@ -56,15 +57,20 @@ def configure(log: Log, stream: TextIO | None = None) -> None:
     root.setLevel(level)
     # At debug it writes a line per step of each call.
     logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
+    logging.getLogger(_CYGRPC).addFilter(_fit_to_write)
     for name in _APART_FROM_ROOT:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False
 
 
-def get(name: str) -> FilteringBoundLogger:
-    """Return the logger of a module: `log = logs.get(__name__)`, then `log.info("what happened", key=1)`."""
-    return cast("FilteringBoundLogger", structlog.get_logger(name))
+def _fit_to_write(record: logging.LogRecord) -> bool:
+    """Return whether a line of gRPC's may be written.
+
+    Not metadata that is no UTF-8: it comes from anybody, before authentication, and may be a credential. Nor
+    that a node left before its answer was sent, which is no error: its call ends, and is counted, as `node_gone`.
+    """
+    return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised"))
 
 
 def _renderer(log: Log, stream: TextIO) -> list[Processor]:

@@ -56,7 +56,7 @@ def fail() -> None:
 
 def test_a_line_is_one_json_object() -> None:
     stream = configured(Log(format="json"))
-    logs.get("relay.app").info("started", workers=2, address="0.0.0.0:8080")
+    structlog.get_logger("relay.app").info("started", workers=2, address="0.0.0.0:8080")
     [entry] = entries(stream)
     assert list(entry) == ["timestamp", "level", "event", "logger", "workers", "address"]
     assert entry.pop("timestamp").endswith("Z")
@@ -71,7 +71,7 @@ def test_a_line_is_one_json_object() -> None:
 
 def test_a_line_is_for_people_on_the_console() -> None:
     stream = configured(Log(format="console"))
-    logs.get("relay.app").warning("upstream is down", attempt=3, reason="connection refused")
+    structlog.get_logger("relay.app").warning("upstream is down", attempt=3, reason="connection refused")
     time, rest = stream.getvalue().split(" ", 1)
     assert time.endswith("Z")
     assert rest.split() == [
@@ -82,23 +82,23 @@ def test_a_line_is_for_people_on_the_console() -> None:
 
 def test_auto_is_console_on_a_terminal_and_json_elsewhere() -> None:
     terminal = configured(Log(), Terminal())
-    logs.get("a").info("hello")
+    structlog.get_logger("a").info("hello")
     assert "\x1b[" in terminal.getvalue()
     assert "hello" in terminal.getvalue()
     elsewhere = configured(Log())
-    logs.get("b").info("hello")
+    structlog.get_logger("b").info("hello")
     assert entries(elsewhere)[0]["event"] == "hello"
 
 
 def test_colours_are_for_terminals() -> None:
     stream = configured(Log(format="console"))
-    logs.get("a").info("hello")
+    structlog.get_logger("a").info("hello")
     assert "\x1b" not in stream.getvalue()
 
 
 def test_standard_error_is_the_stream_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(Log(format="json"))
-    logs.get("a").info("hello")
+    structlog.get_logger("a").info("hello")
     out, err = capsys.readouterr()
     assert (out, json.loads(err)["event"]) == ("", "hello")
 
@@ -107,7 +107,7 @@ def test_standard_error_is_the_stream_unless_told(capsys: pytest.CaptureFixture[
 def test_lines_below_the_level_are_left_out(level: Literal["debug", "info", "warning", "error"]) -> None:
     stream = configured(Log(level=level, format="json"))
     names = ["debug", "info", "warning", "error"]
-    for logger in (logs.get("relay.a"), logging.getLogger("asyncio")):
+    for logger in (structlog.get_logger("relay.a"), logging.getLogger("asyncio")):
         for name in names:
             getattr(logger, name)("hello")
     written = names[names.index(level) :]
@@ -116,7 +116,7 @@ def test_lines_below_the_level_are_left_out(level: Literal["debug", "info", "war
 
 def test_a_disabled_line_costs_next_to_nothing() -> None:
     stream = configured(Log(format="json"))
-    log = logs.get("a")
+    log = structlog.get_logger("a")
     log.info("first")
     rounds = 10_000
     assert min(timeit.repeat(lambda: log.debug("x", a=1, b=2), number=rounds, repeat=3)) / rounds < 20e-6
@@ -160,7 +160,7 @@ def test_a_loop_that_catches_an_error_reports_it_in_the_same_form() -> None:
 
 def test_to_configure_again_replaces_the_first() -> None:
     first, second = configured(Log(format="json")), configured(Log(format="json"))
-    logs.get("a").info("hello")
+    structlog.get_logger("a").info("hello")
     logging.getLogger("gunicorn.error").info("hello")
     assert first.getvalue() == ""
     assert len(entries(second)) == 2
@@ -171,7 +171,7 @@ def test_an_exception_is_structured_in_json() -> None:
     try:
         fail()
     except ValueError:
-        logs.get("a").exception("failed", call=7)
+        structlog.get_logger("a").exception("failed", call=7)
     [entry] = entries(stream)
     assert (entry["level"], entry["event"], entry["call"]) == ("error", "failed", 7)
     [exception] = entry["exception"]
@@ -186,7 +186,7 @@ def test_an_exception_that_is_over_can_be_written(form: Format) -> None:
     with pytest.raises(ValueError, match="went wrong") as raised:
         fail()
     caught = raised.value
-    logs.get("a").error("failed", exc_info=caught)
+    structlog.get_logger("a").error("failed", exc_info=caught)
     logging.getLogger("asyncio").error("failed", exc_info=(type(caught), caught, caught.__traceback__))
     assert stream.getvalue().count(": 6 went wrong" if form == "console" else "6 went wrong") == 2
 
@@ -196,7 +196,7 @@ def test_an_exception_is_indented_under_its_line_on_the_console() -> None:
     try:
         fail()
     except ValueError:
-        logs.get("a").exception("failed")
+        structlog.get_logger("a").exception("failed")
         logging.getLogger("asyncio").exception("failed")
     lines = stream.getvalue().splitlines()
     assert [line for line in lines if not line.startswith("    ")] == [lines[0], lines[len(lines) // 2]]
@@ -222,7 +222,7 @@ class Sly:
 )
 def test_no_value_forges_a_line(form: Format, text: str) -> None:
     stream = configured(Log(format=form))
-    logs.get("a").info(
+    structlog.get_logger("a").info(
         text, field=text, nested={text: [text]}, sly=Sly(text), many=[Sly(text)], **{f"k{text}": text}
     )
     logging.getLogger("asyncio").info("%s", text)
@@ -239,7 +239,7 @@ def test_no_value_forges_a_line(form: Format, text: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), {b"key": 1}, {("a",): 1}, b"\xff", object])
 def test_a_value_that_json_does_not_know_is_written_as_text(value: object) -> None:
     stream = configured(Log(format="json"))
-    logs.get("a").info("hello", value=value)
+    structlog.get_logger("a").info("hello", value=value)
     assert entries(stream)[0]["value"] == repr(value)
 
 
@@ -247,7 +247,7 @@ def test_a_value_that_contains_itself_is_still_a_line() -> None:
     endless: list[Any] = []
     endless.append(endless)
     stream = configured(Log(format="json"))
-    logs.get("a").info("hello", value=endless)
+    structlog.get_logger("a").info("hello", value=endless)
     assert entries(stream)[0]["event"] == "hello"
 
 
@@ -255,7 +255,7 @@ def test_a_value_that_contains_itself_is_still_a_line() -> None:
 @pytest.mark.parametrize("name", sorted(logs.MASKED))
 def test_credentials_are_never_written(form: Format, name: str) -> None:
     stream = configured(Log(format=form))
-    log = logs.get("a")
+    log = structlog.get_logger("a")
     log.info("field", **{name: "s3cret"})
     log.info("keyword", **{name.replace("-", "_"): b"s3cret"})
     log.info("mapping", headers={name.title(): "s3cret", "accept": "a"})
@@ -270,6 +270,6 @@ def test_credentials_are_never_written(form: Format, name: str) -> None:
 
 def test_other_fields_are_written() -> None:
     stream = configured(Log(format="json"))
-    logs.get("a").info("hello", flwr_public_key="k", authorized=True, pair=["a", "b"])
+    structlog.get_logger("a").info("hello", flwr_public_key="k", authorized=True, pair=["a", "b"])
     entry = entries(stream)[0]
     assert (entry["flwr_public_key"], entry["authorized"], entry["pair"]) == ("k", True, ["a", "b"])

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 METHODS = tuple(Method)
 WIRES = tuple(Wire)
+#: Most bytes of each text, in the order of the record.
 LIMITS = {"version": 32, "peer": 46, "identity": 64, "tenant": 32, "refusal": 40}
 
 #: How long a record of a node is kept that the SuperLink never accepted, or that has left for good.
@@ -114,18 +115,9 @@ class NodeRecord:
             facts.accepted if facts else 0,
             facts.key if facts else _NO_KEY,
         )
-        if facts is None:
-            return head + bytes(4) + _text(refused.why if refused else "", 40)
-        return b"".join(
-            (
-                head,
-                _text(facts.version, 32),
-                _text(facts.peer, 46),
-                _text(facts.identity, 64),
-                _text(facts.tenant, 32),
-                _text(refused.why if refused else "", 40),
-            )
-        )
+        said = (facts.version, facts.peer, facts.identity, facts.tenant) if facts else ("",) * 4
+        texts = (*said, refused.why if refused else "")
+        return head + b"".join(map(_text, texts, LIMITS.values()))
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:

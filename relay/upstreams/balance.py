@@ -49,6 +49,9 @@ ACTIVE = Gauge(
 )
 FAILOVERS = Counter("relay_upstream_failovers", "Times that a standby took over", ["address"])
 
+#: Refusals that another address may not make.
+_ELSEWHERE = frozenset({Reason.UPSTREAM_DOWN, Reason.BREAKER_OPEN, Reason.OVERLOADED})
+
 
 class Address:
     """One address of the SuperLink with all that belongs to it, in one worker.
@@ -249,7 +252,3 @@ class Balance:
         """Let go of everything."""
         for address in self.addresses:
             await address.close()
-
-
-#: Refusals that another address may not make.
-_ELSEWHERE = frozenset({Reason.UPSTREAM_DOWN, Reason.BREAKER_OPEN, Reason.OVERLOADED})
