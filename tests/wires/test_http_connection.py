@@ -378,12 +378,12 @@ async def test_a_node_that_takes_next_to_nothing_of_its_answer_is_given_up(serve
 
 
 async def test_a_node_that_takes_its_answer_slowly_but_steadily_gets_it(serve: Serve) -> None:
-    size = 300_000
+    size = 900_000
 
     async def handler(call: Call) -> Reply:
-        return Reply(source([b"x" * 30_000] * 10, size=size), Source.UPSTREAM)
+        return Reply(source([b"x" * 300_000] * 3, size=size), Source.UPSTREAM)
 
-    served = await serve(handler, idle_timeout=0.5, min_rate=50_000, rate_window=0.5)
+    served = await serve(handler, idle_timeout=0.25, min_rate=50_000, rate_window=0.5)
     node = await served.node(receive_buffer=4096, segment=500)
     node.send(request())
     head = await node.head()
@@ -391,7 +391,7 @@ async def test_a_node_that_takes_its_answer_slowly_but_steadily_gets_it(serve: S
     left = size
     while left:
         await asyncio.sleep(0.01)
-        left -= len(await node.exactly(min(left, 3000)))
+        left -= len(await node.exactly(min(left, 6000)))
     await until(lambda: served.outcomes() == ["ok"])
 
 
