@@ -14,7 +14,8 @@
     expires     left out if it does not
     revoked     when it was revoked; left out if it was not
 
-An unknown field is refused: a mistyped `expires` would make a key that never does.
+An unknown field is refused, and one that is there twice: a mistyped `expires`, or one that is overruled by
+another, would make a key that never does.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class KeyRecord(NamedTuple):
 def from_json(line: bytes) -> KeyRecord:
     """Read one line. Raises RecordError."""
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=_each_once)
+    except RecordError:
+        raise
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         raise RecordError("is no JSON object on one line: was it cut off or edited by hand?") from None
     if not isinstance(fields, dict):
@@ -184,6 +187,13 @@ def merged(records: Iterable[KeyRecord]) -> dict[str, KeyRecord]:
         if record.id in found:
             raise RecordError(f"has the id {record.id} twice")
         found[record.id] = record
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RecordError("has a field twice: leave one of them out")
     return found
 
 

@@ -94,6 +94,8 @@ def changed(**fields: Any) -> bytes:
         (RECORD.to_json().encode()[:-5], "cut off"),
         (b"[]", "must be a JSON object"),
         (changed(expire="2026-01-01T00:00:00Z"), "unknown field 'expire'"),
+        (changed(expires="2026-01-01T00:00:00Z")[:-1] + b', "expires": null}', "has a field twice"),
+        (changed(labels={"a": "b"}).replace(b'"a": "b"', b'"a": "b", "a": "c"'), "has a field twice"),
         (b"{}", "no field 'id'"),
         (changed(id="short"), "8 letters and digits"),
         (changed(id=12345678), "8 letters and digits"),
