@@ -34,6 +34,8 @@ READS = Counter(
 )
 
 
+#: A reading that takes longer is a fault, which is told while it lasts.
+LATE_SECONDS = 10.0
 #: How long a worker waits for its keys before it serves: the master kills one that is silent for 20 s.
 START_SECONDS = 5.0
 
@@ -74,6 +76,7 @@ class KeyTable:
         self._read_at = 0.0
         self._complaint = ""
         self._refreshing: asyncio.Task[None] | None = None
+        self._began = 0.0
 
     def find(self, key_id: bytes) -> Entry | None:
         """Return the key of this id, None if there is none.
@@ -98,8 +101,13 @@ class KeyTable:
 
     def tick(self) -> None:
         """Read the keys anew, beside everything else; to be called once a second in the event loop."""
-        if self._store is None or (self._refreshing is not None and not self._refreshing.done()):
+        if self._store is None:
             return
+        if self._refreshing is not None and not self._refreshing.done():
+            if self._now() - self._began > LATE_SECONDS:
+                self._failed(self._store, f"no answer for {LATE_SECONDS:g} s")
+            return
+        self._began = self._now()
         self._refreshing = asyncio.get_running_loop().create_task(self.refresh())
 
     async def prepare(self) -> None:

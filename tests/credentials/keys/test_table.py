@@ -209,6 +209,35 @@ async def test_the_first_reading_is_waited_for_but_not_for_long(monkeypatch: pyt
     assert slow.find(b"aaaaaaaa") is not None
 
 
+async def test_a_store_that_hangs_is_told_while_it_does() -> None:
+    """As a file system over the network may, or a server that sends a byte a second."""
+    release = threading.Event()
+
+    class Hanging(Store):
+        def poll(self) -> Records | None:
+            if len(self.answers) < 2:
+                release.wait(10)
+            return super().poll()
+
+    clock = [100.0]
+    table = KeyTable(Hanging(BOTH, None), now=lambda: clock[0])
+    await table.refresh()
+    before = reads("failed")
+    with capture_logs() as lines:
+        for seconds in (0.0, 9.0, 2.0, 1.0):
+            clock[0] += seconds
+            table.tick()
+        release.set()
+        while table._refreshing is not None and not table._refreshing.done():
+            await asyncio.sleep(0.001)
+    assert reads("failed") == before + 2
+    assert [(line["event"], line.get("problem")) for line in lines] == [
+        ("keys cannot be read", "no answer for 10 s"),
+        ("keys can be read again", None),
+    ]
+    assert table.find(b"aaaaaaaa") is not None
+
+
 async def test_a_store_that_hangs_is_left_at_the_end() -> None:
     release = threading.Event()
 
