@@ -138,7 +138,7 @@ def build(
     sharing = [policy for policy in chosen if isinstance(policy, Redelivery)]
     limits = _limits(settings.limits)
     fronts = tuple(
-        _grpc_front(settings, listener, _with(chosen, auth), pool.handler, limits, held=held)
+        _grpc_front(settings, listener, _with(chosen, auth), pool.handler, limits, held=held, auth=auth)
         if listener.speaks_grpc
         else _front(settings, listener, _with(chosen, auth), pool.handler, limits)
         for listener, auth in zip(settings.listeners, asking, strict=True)
@@ -185,8 +185,10 @@ def _grpc_front(
     limits: Limits,
     *,
     held: Quota,
+    auth: Auth,
 ) -> GrpcFront:
     from relay.wires.grpc_fleet import GrpcFront  # noqa: PLC0415 - gRPC is imported where it is spoken
+    from relay.wires.grpc_message import Messages  # noqa: PLC0415
 
     handlers = {
         (wire, method): _chain(settings, chosen, upstream, method).handler
@@ -197,9 +199,10 @@ def _grpc_front(
         handlers,
         Forwarding(listener.trusted_proxies, _certificate_header(listener)),
         held,
-        bodies=limits.bodies,
+        Messages(limits, settings.upstream.idle_timeout),
         tls=listener.tls is not None,
         on_stray=metrics.stray,
+        admit=auth.admit if listener.auth.accept else None,
     )
 
 

@@ -66,7 +66,7 @@ class _Master(Arbiter):  # type: ignore[misc]
     def reload(self) -> None:
         """Start workers with the new settings and have the old ones drain, or keep the old settings."""
         accepted = self.app.refresh()
-        self.app.shared.reloaded(accepted=accepted)
+        self.app.shared.reloaded(accepted=accepted, workers=self.app.settings.workers)
         if not accepted:
             return
         self._listen()

@@ -10,7 +10,11 @@ from relay.stores.nodes import Nodes
 from relay.stores.records import HostRecords
 from relay.stores.upstreams import UpstreamTable
 
-_NAMES = ("stopping", "generation", "serving", "refused")
+_NAMES = ("stopping", "generation", "serving", "refused", "wanted", "in_force", "reloading", "served")
+#: Places in which workers note what they do; two workers of one relay never have the same one at a time.
+_PLACES = 1024
+#: What a worker notes of itself.
+_STARTS, _LISTENS, _SERVES, _LEFT = range(4)
 
 
 class Shared:
@@ -30,7 +34,7 @@ class Shared:
             kept: bytes of it for pull answers.
             nodes: how many nodes there shall be room for.
         """
-        self._memory = mmap.mmap(-1, 8 * len(_NAMES))
+        self._memory = mmap.mmap(-1, 8 * (len(_NAMES) + 2 * _PLACES))
         self.table = HostTable()
         self.kept = HostRecords(kept // PIECE, PIECE)
         self.nodes = Nodes(nodes)
@@ -43,7 +47,7 @@ class Shared:
 
     @property
     def generation(self) -> int:
-        """How many times settings were taken over by a reload."""
+        """The newest settings that were accepted by a reload, counted from 0, the ones of the start."""
         return self._get("generation")
 
     @property
@@ -53,24 +57,95 @@ class Shared:
 
     @property
     def refused(self) -> int:
-        """How many reloads were refused because of wrong settings."""
+        """How many reloads were refused because of wrong settings, or given up."""
         return self._get("refused")
+
+    @property
+    def in_force(self) -> int:
+        """The newest generation that all workers serve who accept."""
+        return self._get("in_force")
+
+    @property
+    def reloading(self) -> bool:
+        """Whether settings are being read or taken over."""
+        return self._get("reloading") == 1
+
+    @property
+    def served(self) -> bool:
+        """Whether a worker has ever served."""
+        return self._get("served") == 1
 
     def stop(self) -> None:
         """Say that the whole relay was told to stop; for the master. Cannot be taken back."""
         self._set("stopping", 1)
 
-    def reloaded(self, *, accepted: bool) -> None:
-        """Count a reload; for the master."""
+    def reloaded(self, *, accepted: bool, workers: int = 1) -> None:
+        """Count a reload, and how many workers there shall be of its settings; for the master."""
+        if accepted:
+            self._set("wanted", workers)
         name = "generation" if accepted else "refused"
         self._set(name, self._get(name) + 1)
 
-    def serves(self, generation: int) -> None:
-        """Say that a worker of this generation serves; for the workers."""
+    def begin(self) -> None:
+        """Say that settings are about to be read; for the master."""
+        self._set("reloading", 1)
+
+    def end(self, in_force: int) -> None:
+        """Say which generation is in force, and that no other one is about to be; for the master."""
+        self._set("in_force", in_force)
+        self._set("reloading", 0)
+
+    def starts(self, number: int) -> None:
+        """Say that a worker of this number is about to be started; for the master."""
+        self._put(len(_NAMES) + number % _PLACES, 0)
+        self._note(number, _STARTS)
+
+    def listens(self, number: int) -> None:
+        """Say that this worker is about to accept calls; for workers."""
+        self._note(number, _LISTENS)
+
+    def leaves(self, number: int) -> None:
+        """Say that this worker accepts no calls any more; for workers."""
+        self._note(number, _LEFT)
+
+    def serves(self, generation: int, number: int = 0) -> None:
+        """Say that a worker of this generation serves, by the number that it has among all; for workers."""
+        self._put(len(_NAMES) + number % _PLACES, generation)
         self._set("serving", max(generation, self.serving))
+        self._set("served", 1)
+        self._note(number, _SERVES)
+
+    def has_begun(self, number: int) -> bool:
+        """Return whether this worker serves, or has served."""
+        return self._noted(number) >= _SERVES
+
+    def may_accept(self, number: int) -> bool:
+        """Return whether this worker may have accepted calls."""
+        return self._noted(number) >= _LISTENS
+
+    def has_left(self, number: int) -> bool:
+        """Return whether this worker accepts no calls any more."""
+        return self._noted(number) == _LEFT
+
+    def succeeded(self, generation: int) -> bool:
+        """Return whether as many workers as there shall be have begun to serve newer settings than those."""
+        newer = sum(self._at(len(_NAMES) + place) > generation for place in range(_PLACES))
+        return newer >= max(self._get("wanted"), 1)
+
+    def _noted(self, number: int) -> int:
+        return self._at(len(_NAMES) + _PLACES + number % _PLACES)
+
+    def _note(self, number: int, what: int) -> None:
+        self._put(len(_NAMES) + _PLACES + number % _PLACES, what)
 
     def _get(self, name: str) -> int:
-        return int.from_bytes(self._memory[(at := 8 * _NAMES.index(name)) : at + 8], "little")
+        return self._at(_NAMES.index(name))
 
     def _set(self, name: str, value: int) -> None:
-        self._memory[(at := 8 * _NAMES.index(name)) : at + 8] = value.to_bytes(8, "little")
+        self._put(_NAMES.index(name), value)
+
+    def _at(self, place: int) -> int:
+        return int.from_bytes(self._memory[8 * place : 8 * place + 8], "little")
+
+    def _put(self, place: int, value: int) -> None:
+        self._memory[8 * place : 8 * place + 8] = value.to_bytes(8, "little")

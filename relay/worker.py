@@ -44,6 +44,9 @@ GC_THRESHOLDS = (20_000, 20, 20)
 _TURN = 0.05
 #: gRPC connections are told to leave at an age of at most this share of `drain.timeout`.
 _SHARE_TO_LEAVE = 0.75
+#: Seconds that a worker with old settings goes on with gRPC ports until those with newer ones listen there.
+#: They need well under a second; on a host that swaps they may need longer.
+_HEIR_SECONDS = 30.0
 #: Held back from the fork until the event loop runs: the master's handlers do nothing in a worker, and
 #: uvloop forgets what came before it ran. A worker that missed its stop would be waited for, then killed.
 HELD_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
@@ -116,7 +119,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self.booted = True
-        self.shared.serves(self.generation)
+        self.shared.serves(self.generation, self.age)
         log.info("worker serves", pid=os.getpid(), mode=settings.mode)
         beating = self.loop.create_task(self._beat(relay, servers, grpc_servers))
         await self.stop.wait()
@@ -124,7 +127,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
             server.close()
         await asyncio.gather(
             drain(servers, settings.drain.timeout, settings.drain.idle_grace),
-            *(server.drain(settings.drain.timeout) for server in grpc_servers),
+            self._drain_grpc(grpc_servers, settings.drain.timeout),
         )
         beating.cancel()
         relay.tick()
@@ -168,6 +171,30 @@ class RelayWorker(Worker):  # type: ignore[misc]
             await asyncio.sleep(1.0)
         return fault is None
 
+    async def _drain_grpc(self, servers: Sequence[GrpcServer], timeout: float) -> None:
+        """Let the gRPC ports come to their end, once others listen on them.
+
+        Nobody else holds their sockets: until a worker with new settings listens, a port that is closed here
+        refuses who comes.
+        """
+        if not servers:
+            return
+        end = self.loop.time() + _HEIR_SECONDS
+        while self._has_heirs():
+            if self.loop.time() > end:
+                log.warning("workers with new settings are late; gRPC ports close", pid=os.getpid())
+                break
+            await asyncio.sleep(_TURN)
+        for server in servers:
+            if self.shared.stopping:
+                server.not_ready()
+        await asyncio.gather(*(server.drain(timeout) for server in servers))
+
+    def _has_heirs(self) -> bool:
+        """Return whether workers with newer settings are about to serve."""
+        shared, generation = self.shared, self.generation
+        return not shared.stopping and shared.generation > generation and not shared.succeeded(generation)
+
     async def _beat(
         self, relay: Relay, servers: Sequence[NodeServer] = (), grpc_servers: Sequence[GrpcServer] = ()
     ) -> None:
@@ -178,8 +205,9 @@ class RelayWorker(Worker):  # type: ignore[misc]
             for server in servers:
                 server.check_certificates()
             for each in grpc_servers:
+                await each.tick()
                 if self.shared.stopping:
-                    await each.not_ready()
+                    each.not_ready()
             if self.ppid != os.getppid() and not self.stop.is_set():
                 log.warning("the master is gone; stopping", pid=os.getpid())
                 self.stop.set()

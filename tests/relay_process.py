@@ -139,7 +139,12 @@ class RelayProcess:
 
     def workers(self) -> list[psutil.Process]:
         """Return the worker processes that live."""
-        return [child for child in self._children() if child.status() != psutil.STATUS_ZOMBIE]
+        living = []
+        for child in self._children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    living.append(child)
+        return living
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None

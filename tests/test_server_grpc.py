@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,6 +120,89 @@ async def test_reloads_under_load_lose_no_call(relay: RelayProcess, superlink: G
     assert len(lost) <= 4
     assert len(superlink.asked) == len(load.answers) - len(lost)
     assert relay.complaints() == []
+
+
+class Knocker(threading.Thread):
+    """Opens one connection after the other, and notes which were not accepted.
+
+    A thread, so that it knocks while the test waits.
+
+    Attributes:
+        knocks: how often it did.
+        refused: seconds, on its own clock, at which nobody listened.
+    """
+
+    def __init__(self, port: int) -> None:
+        super().__init__(name="knocker")
+        self.knocks = 0
+        self.refused: list[float] = []
+        self._port = port
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        while not self._end.is_set():
+            self.knocks += 1
+            try:
+                socket.create_connection(("127.0.0.1", self._port), timeout=5).close()
+            except ConnectionRefusedError:
+                self.refused.append(time.monotonic())
+            time.sleep(0.002)
+
+    def end(self) -> None:
+        self._end.set()
+        self.join()
+
+
+async def test_a_port_is_listened_on_throughout_reloads(relay: RelayProcess) -> None:
+    """Nodes that connect in that moment, and connections that were told to leave, find somebody."""
+    relay.settings["drain"] = {"timeout": 30, "idle_grace": 0.5}
+    await started(relay)
+    knocker = Knocker(relay.port)
+    knocker.start()
+    try:
+        for serving in (4, 6, 8):
+            relay.signal(signal.SIGHUP)
+            await until(lambda n=serving: relay.count("worker serves") >= n)  # type: ignore[misc]
+            await asyncio.sleep(0.5)
+    finally:
+        await off(knocker.end)
+    assert knocker.knocks > 100
+    assert knocker.refused == []
+    assert relay.complaints() == []
+
+
+async def test_a_relay_that_stops_waits_for_no_other_workers(relay: RelayProcess) -> None:
+    relay.settings["drain"] = {"timeout": 60, "idle_grace": 0.5}
+    await started(relay)
+    relay.signal(signal.SIGHUP)
+    await until(lambda: relay.count("worker serves") >= 4)
+    relay.signal(signal.SIGTERM)
+    assert await off(relay.exit_code, 8.0) == 0
+
+
+@pytest.mark.parametrize("wires", [["grpc"], ["grpc_adapter"]])
+async def test_a_stranger_cannot_hold_what_messages_need(
+    relay: RelayProcess, tmp_path: Path, wires: list[str]
+) -> None:
+    """Not by calls that send nothing, and not by calls that send much; he is told at once that he is one."""
+    keys = tmp_path / "keys.jsonl"
+    listener = {"address": f"127.0.0.1:{relay.port}", "wires": wires, "auth": {"accept": ["api_key"]}}
+    relay.settings |= {"listeners": [listener], "keys": {"file": str(keys)}, "workers": 1}
+    relay.settings["limits"] = {"max_held": "1 MiB"}
+    relay.settings["log"] = {"format": "json", "level": "debug"}
+    relay.write()
+    create = [sys.executable, "-m", "relay", "keys", "create", "site", "--init", "-c", str(relay.config)]
+    await off(partial(subprocess.run, create, check=True, capture_output=True))
+    await started(relay)
+    path = Method.PUSH_OBJECT.grpc if wires == ["grpc"] else "/flwr.proto.GrpcAdapter/SendReceive"
+    async with GrpcNode(relay.port) as node:
+        silent = [node.channel.stream_unary(path)(timeout=20) for _ in range(20)]
+        wanted = "UNAUTHENTICATED" if wires == ["grpc"] else "UNAVAILABLE"
+        assert {(await call.code()).name for call in silent} == {wanted}
+        before = relay.workers()[0].memory_info().rss
+        answers = await asyncio.gather(*(node.ask(path, b"x" * (64 << 20)) for _ in range(4)))
+        assert {answer.code for answer in answers} == {wanted}
+        assert relay.workers()[0].memory_info().rss - before < 30 << 20
 
 
 async def test_a_long_call_is_left_to_its_old_worker(relay: RelayProcess, superlink: GrpcSuperLink) -> None:

@@ -65,6 +65,30 @@ def test_a_worker_of_old_settings_that_comes_late_does_not_take_back_that_newer_
     assert shared.serving == 3
 
 
+def test_workers_of_older_settings_are_succeeded_when_all_with_newer_ones_serve() -> None:
+    shared = Shared()
+    shared.serves(0, 1)
+    shared.serves(0, 2)
+    assert not shared.succeeded(0)
+    shared.reloaded(accepted=True, workers=2)
+    in_a_child(lambda: shared.serves(1, 3))
+    in_a_child(lambda: shared.serves(1, 3))
+    assert not shared.succeeded(0), "it is one worker, that said so twice"
+    in_a_child(lambda: shared.serves(1, 4))
+    assert shared.succeeded(0)
+    assert not shared.succeeded(1)
+    shared.reloaded(accepted=False, workers=9)
+    assert shared.succeeded(0), "a reload that was refused brings no workers"
+
+
+def test_workers_that_were_replaced_many_times_are_told_apart() -> None:
+    shared = Shared()
+    shared.reloaded(accepted=True, workers=2)
+    for number in range(5000, 5002):
+        shared.serves(1, number)
+    assert shared.succeeded(0)
+
+
 def test_each_number_stands_for_itself() -> None:
     shared = Shared()
     for _ in range(300):  # more than a byte holds

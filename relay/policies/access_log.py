@@ -32,7 +32,8 @@ class AccessLog:
     async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         """Pass the call on; the line is written when it has ended."""
         call.on_end(self._write)  # before the look at the body, which may end the call
-        if self._debug or call.payload.data is None:  # a long body will be gone by then
+        # A long body will be gone by then. gRPC's stays, and is not to be received before `auth`.
+        if not call.wire.grpc and (self._debug or call.payload.data is None):
             await call.ids()
         return await next(call)
 

@@ -76,13 +76,18 @@ class Auth:
 
     async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         """Pass a known caller's call on with its identity, without what proved it; or raise a Refusal."""
+        if call.identity is None:  # else its wire had to know
+            await self.admit(call)
+        if not self._forward:
+            call.metadata = without_credentials(call.metadata)
+        return await next(call)
+
+    async def admit(self, call: Call) -> None:
+        """Find out who calls, or raise a Refusal; of the call only the head is looked at."""
         try:
             call.identity = await self._identify(call)
         except Refusal as refusal:
             self._refuse(call, refusal)
-        if not self._forward:
-            call.metadata = without_credentials(call.metadata)
-        return await next(call)
 
     def sample(self) -> None:
         """Write what was gathered; to be called once a second, and when the worker ends."""

@@ -80,13 +80,15 @@ class Validate:
         """Pass the call on, or raise its fault, or a Refusal MALFORMED for its bytes."""
         if call.fault is not None:
             raise call.fault
-        data = call.payload.data
+        data, head = call.payload.data, b""
+        if data is None:
+            head = await call.payload.peek(PEEK_BYTES)
+            data = call.payload.data  # of gRPC it is all there
         if data is not None and (plain := _PLAIN.get(call.method)) is not None and plain(data):
             return await next(call)
         if data is not None:
             wrong = fault(call.method, data, whole=True)
         else:
-            head = await call.payload.peek(PEEK_BYTES)
             wrong = fault(call.method, head, whole=len(head) < PEEK_BYTES)
         if wrong is not None:
             FAULTS.labels(call.method.rpc, wrong).inc()
@@ -110,10 +112,7 @@ def fault(method: Method, data: bytes, *, whole: bool) -> str | None:
     """
     begins = _BEGINS.get(method)
     if begins is not None and (known := begins(data)) is not None:
-        rest = data[known.end() :]
-        if whole and not well_formed(rest):
-            return "protobuf"
-        return "repeated" if rest and _repeats(method, rest) else None
+        return _behind(method, data, known.end(), whole=whole)
     if whole and not well_formed(data):
         return "protobuf"
     if method.kind is Kind.JOIN:
@@ -129,10 +128,13 @@ def fault(method: Method, data: bytes, *, whole: bool) -> str | None:
     return None
 
 
-def _repeats(method: Method, rest: bytes) -> bool:
-    """Return whether what follows the ids of a request has one of them again."""
-    ids = {method.ids.node, method.ids.run, method.ids.object} - {0}
+def _behind(method: Method, data: bytes, at: int, *, whole: bool) -> str | None:
+    """Say what is wrong with what stands behind the ids of a request, from `at` on; None if nothing is."""
+    ids, repeated = method.ids, False
     try:
-        return any(number in ids for number, _ in fields(rest))
+        for _ in fields(data, (ids.node, ids.run, ids.object), at):
+            repeated = True
     except TruncatedError:
-        return False
+        if whole:
+            return "protobuf"
+    return "repeated" if repeated else None

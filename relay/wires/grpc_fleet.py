@@ -1,7 +1,8 @@
 """gRPC: SuperNodes of flwr 1.23 to 1.39, `flwr.proto.Fleet`.
 
 Messages pass as bytes; nothing is parsed. gRPC hands them over whole, so a call that may carry an object
-takes its share of the worker's quota first: a pushed one before a byte was read, which holds its sender up.
+takes its share of the worker's quota first, once `auth` has let it in: a pushed one before it is received,
+which holds its sender up.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import grpc
 import structlog
 
 from relay import bridge, dialect, quota
-from relay.call import Call, Ending, Payload, Reply, Source, Wire
+from relay.call import Call, Payload, Reply, Wire
 from relay.fleet import BY_GRPC, GRPC_SERVICE, Kind, Method
 from relay.refusal import Reason, Refusal
 from relay.wires import client_certificate, grpc_adapter
 from relay.wires.forwarded import NO_CLAIMS, Claims
+from relay.wires.grpc_message import Incoming, Message, Messages
+from relay.wires.grpc_rpc import Rpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    import asyncio
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from grpc import aio
 
@@ -47,6 +51,8 @@ _SHARE = 0.95
 _MOST_DETAILS = 4096
 
 _OBJECTS = frozenset({Method.PULL_OBJECT, Method.PUSH_OBJECT})
+#: Methods whose call takes a share of the quota before its message is received.
+_LONG = _OBJECTS | {Method.PUSH_MESSAGES}
 _VIA = (b"via", b"2 flwr-relay")
 _OURS: Metadata = [bridge.CONTENT_TYPE, (b"accept", bridge.CONTENT_TYPE[1]), _VIA]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -62,7 +68,10 @@ class GrpcFront:
 
     Attributes:
         stray: counts what was no call.
+        held: what long messages take their share of.
+        messages: those that are waited for.
         in_flight: calls that have come and not ended.
+        left: those of them whose node is gone.
         cutting: set it when calls are about to be cut.
     """
 
@@ -71,10 +80,11 @@ class GrpcFront:
         handlers: Mapping[tuple[Wire, Method], Handler],
         forwarding: Forwarding,
         held: Quota,
+        messages: Messages,
         *,
-        bodies: Mapping[Method, int],
         tls: bool,
         on_stray: Callable[[str], None],
+        admit: Callable[[Call], Awaitable[None]] | None = None,
     ) -> None:
         """Serve `handlers`.
 
@@ -82,29 +92,35 @@ class GrpcFront:
             handlers: the composed chains; of wires that are gRPC.
             forwarding: what to believe of proxies.
             held: what long messages take their share of.
-            bodies: longest request of each method, in bytes.
+            messages: what they must keep to.
             tls: whether the listener is encrypted.
             on_stray: told about each call that is none of ours, with what it got.
+            admit: finds out who calls, or raises Refusal, where that cannot wait for the chain: the adapter's
+                calls must be received before it is known which chain is theirs.
         """
         self._forwarding = forwarding
         self.held = held
-        self._bodies = bodies
+        self.messages = messages
         self._tls = tls
+        self._admit = admit
         self.stray = on_stray
         self.in_flight = 0
+        self.left: set[asyncio.Task[bytes]] = set()
         self.cutting = False
         self._id_start = os.urandom(6).hex()
         self._ids = count(1)
         self._adapted = {
             method: handler for (wire, method), handler in handlers.items() if wire is not Wire.GRPC
         }
+        # They are unary calls all the same: on the wire there is no difference, and here a message is
+        # received when we want it.
         self._methods = {
-            method.grpc: self._route(method, handler)
+            method.grpc: grpc.stream_unary_rpc_method_handler(partial(self._one, method, handler))
             for (wire, method), handler in handlers.items()
             if wire is Wire.GRPC
         }
         if self._adapted:
-            self._methods[grpc_adapter.PATH] = grpc.unary_unary_rpc_method_handler(self._adapter)
+            self._methods[grpc_adapter.PATH] = grpc.stream_unary_rpc_method_handler(self._adapter)
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """Return what serves this path; None if it is not Flower's, which gRPC answers with UNIMPLEMENTED."""
@@ -117,68 +133,64 @@ class GrpcFront:
         self.stray("unimplemented")
         return None
 
-    def _route(self, method: Method, handler: Handler) -> grpc.RpcMethodHandler:
-        if method.kind is Kind.PUSH:
-            # It is a unary call all the same: on the wire there is no difference, and here its message is
-            # read when we want it.
-            return grpc.stream_unary_rpc_method_handler(partial(self._push, method, handler))
-        return grpc.unary_unary_rpc_method_handler(partial(self._ask, method, handler))
-
     # -- one call -----------------------------------------------------------------------------------
 
-    async def _ask(
-        self, method: Method, handler: Handler, request: bytes, context: aio.ServicerContext[bytes, bytes]
-    ) -> bytes:
-        rpc = _Rpc(self, context)
-        call = self._call(rpc, Wire.GRPC, method, request, context)
-        if method is Method.PULL_OBJECT:
-            await rpc.take()
-        return await self._answer(rpc, call, handler, context)
-
-    async def _push(
+    async def _one(
         self,
         method: Method,
         handler: Handler,
-        requests: AsyncIterator[bytes],
+        _: AsyncIterator[bytes],
         context: aio.ServicerContext[bytes, bytes],
     ) -> bytes:
-        rpc = _Rpc(self, context)
-        await rpc.take()
-        request = await anext(aiter(requests), None)
-        rpc.settle(len(request or b""))
-        call = self._call(rpc, Wire.GRPC, method, request or b"", context)
-        if request is None:
-            call.fault = Refusal(Reason.MALFORMED, "no message, or one that gRPC refused", by="wire")
+        rpc = Rpc(self, context)
+        call = self._call(rpc, Wire.GRPC, method, context)
+        rpc.begin(call)
         return await self._answer(rpc, call, handler, context)
 
-    async def _adapter(self, request: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
-        method, name, data = grpc_adapter.unpack(request)
+    async def _adapter(self, _: AsyncIterator[bytes], context: aio.ServicerContext[bytes, bytes]) -> bytes:
+        rpc = Rpc(self, context)
+        # It may turn out to be any of them, and is not longer than this one.
+        call = self._call(rpc, Wire.GRPC_ADAPTER, Method.PUSH_OBJECT, context)
+        try:
+            if self._admit is not None:
+                await self._admit(call)
+            container = await call.payload.read(MOST_BYTES)
+        except Refusal as refusal:
+            self.stray(refusal.reason.value)
+            return await self._render(call.wire, refusal.reason, None, context)
+        method, name, data = grpc_adapter.unpack(container)
         if method is None:
             return await self._unsupported(Wire.GRPC_ADAPTER, name, context)
-        rpc = _Rpc(self, context)
-        call = self._call(rpc, Wire.GRPC_ADAPTER, method, data, context)
+        call.method, call.payload = method, Payload(data)
+        call.deadline = time.monotonic() + _SHARE * _patience(call.wire, method, context.time_remaining())
+        rpc.begin(call)
+        limit = self.messages.limits.bodies[method]
+        if len(data) > limit:
+            detail = f"{len(data)} bytes, at most {limit}"
+            call.fault = Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
         if method in _OBJECTS:
-            # It is here already, but what is made of it must wait.
-            await rpc.take(max(quota.GUESS, len(data)))
+            try:
+                # It is here already, but what is made of it must wait.
+                await rpc.take(max(quota.GUESS, len(data)))
+            except Refusal as refusal:
+                call.fault = refusal
         return await self._answer(rpc, call, self._adapted[method], context)
 
     async def _answer(
-        self, rpc: _Rpc, call: Call, handler: Handler, context: aio.ServicerContext[bytes, bytes]
+        self, rpc: Rpc, call: Call, handler: Handler, context: aio.ServicerContext[bytes, bytes]
     ) -> bytes:
         """Answer the call, or abort it as the dialect says."""
         try:
-            reply = rpc.reply = await handler(call)
-            data = await self._whole(rpc, reply)
+            asking = self._ask(rpc, call, handler)
+            data = await (rpc.outlast(call, asking) if call.method.kind is Kind.PULL else asking)
         except Refusal as refusal:
             return await self._refused(rpc, call, refusal, context)
         except Exception as error:
             # A bug of ours must not reach a node as UNKNOWN.
             log.exception("call failed", method=call.method.rpc, request_id=call.request_id)
             return await self._refused(rpc, call, Refusal(Reason.INTERNAL, repr(error)), context)
-        finally:
-            call.payload.close()
-            if rpc.reply is not None:
-                rpc.reply.payload.close()
+        reply = rpc.reply
+        assert reply is not None  # noqa: S101 - it has just been asked for its bytes
         rpc.sent = len(data)
         trailing = bridge.to_metadata(reply.metadata)
         if reply.status != 200:
@@ -190,7 +202,17 @@ class GrpcFront:
             context.set_trailing_metadata(tuple(trailing))
         return data if call.wire is Wire.GRPC else grpc_adapter.pack(call.method, data)
 
-    async def _whole(self, rpc: _Rpc, reply: Reply) -> bytes:
+    async def _ask(self, rpc: Rpc, call: Call, handler: Handler) -> bytes:
+        """Return the answer's bytes. Raises what the chain raises."""
+        try:
+            reply = rpc.reply = await handler(call)
+            return await self._whole(rpc, reply)
+        finally:
+            call.payload.close()
+            if rpc.reply is not None:
+                rpc.reply.payload.close()
+
+    async def _whole(self, rpc: Rpc, reply: Reply) -> bytes:
         """Return the answer's bytes. Raises Refusal: nothing has been sent yet, so the node can be told."""
         payload, size = reply.payload, reply.payload.size
         data = payload.data
@@ -205,7 +227,7 @@ class GrpcFront:
         return data
 
     async def _refused(
-        self, rpc: _Rpc, call: Call, refusal: Refusal, context: aio.ServicerContext[bytes, bytes]
+        self, rpc: Rpc, call: Call, refusal: Refusal, context: aio.ServicerContext[bytes, bytes]
     ) -> bytes:
         rpc.outcome, rpc.refusal, rpc.reply = refusal.reason.value, refusal, None
         trailing = (("x-request-id", call.request_id),)
@@ -262,10 +284,9 @@ class GrpcFront:
 
     def _call(
         self,
-        rpc: _Rpc,
+        rpc: Rpc,
         wire: Wire,
         method: Method,
-        request: bytes,
         context: aio.ServicerContext[bytes, bytes],
     ) -> Call:
         taken: dict[bytes, bytes] = {}
@@ -285,87 +306,32 @@ class GrpcFront:
                 taken.get(b"x-forwarded-proto", b""),
                 taken.get(b"x-forwarded-host", b""),
             )
-        direct = _address(context.peer())
+        sender = context.peer()
+        direct = _address(sender)
         peer, way = self._forwarding.resolve(direct, b"", claims, tls=self._tls)
         shown = taken.get(self._forwarding.certificate_header, b"")
         request_id = given.decode("ascii") if _REQUEST_ID.fullmatch(given) else self._new_id()
         metadata += [pair for pair in way if pair[1]]
         metadata.append((b"x-request-id", request_id.encode("ascii")))
         metadata += _OURS
-        call = rpc.call = Call(
+        remaining = context.time_remaining()
+        rpc.patient = remaining is None
+        body = Incoming(self.messages, rpc, context, sender, self.messages.limits.bodies[method])
+        body.waits = wire is Wire.GRPC and method in _LONG
+        return Call(
             method,
             wire,
             metadata,
-            Payload(request),
+            Message(body),
             peer=peer,
             request_id=request_id,
             started=rpc.started,
-            deadline=rpc.started + _SHARE * _patience(wire, method, context.time_remaining()),
-            fault=self._fault(method, request),
+            deadline=rpc.started + _SHARE * _patience(wire, method, remaining),
             certificate=self._forwarding.certificate(direct, shown, None) if shown else None,
         )
-        self.in_flight += 1
-        return call
-
-    def _fault(self, method: Method, request: bytes) -> Refusal | None:
-        if len(request) <= self._bodies[method]:
-            return None
-        detail = f"{len(request)} bytes, at most {self._bodies[method]}"
-        return Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
 
     def _new_id(self) -> str:
         return f"{self._id_start}-{next(self._ids):x}"
-
-
-class _Rpc:
-    """One call of gRPC's: what becomes of it, and what it holds until its last byte has been sent."""
-
-    __slots__ = ("_front", "_taken", "call", "outcome", "refusal", "reply", "sent", "started")
-
-    def __init__(self, front: GrpcFront, context: aio.ServicerContext[bytes, bytes]) -> None:
-        """Stand for the call of `context`."""
-        self._front = front
-        self._taken = 0
-        self.call: Call | None = None
-        self.outcome = ""
-        self.refusal: Refusal | None = None
-        self.reply: Reply | None = None
-        self.sent = 0
-        self.started = time.monotonic()
-        context.add_done_callback(self._done)
-
-    async def take(self, size: int = quota.GUESS) -> None:
-        """Take a share of the quota, until the call has ended. A gRPC node waits for as long as it takes."""
-        if not self._front.held.take_at_once(size):
-            await self._front.held.take(size)
-        self._taken = size
-
-    def settle(self, size: int) -> None:
-        """Hold as much as there really is."""
-        self._taken = self._front.held.settle(self._taken, size)
-
-    def _done(self, context: aio.ServicerContext[bytes, bytes]) -> None:
-        if self._taken:
-            self._front.held.give(self._taken)
-        call, reply = self.call, self.reply
-        if call is None:
-            self._front.stray("node_gone")  # no chain has run that would count it
-            return
-        self._front.in_flight -= 1
-        outcome, lost = self.outcome or Reason.INTERNAL.value, False
-        if not context.done():  # the status was not sent
-            outcome = "cancelled" if self._front.cutting else "node_gone"
-            lost = reply is not None and reply.source is Source.UPSTREAM
-        call.end(
-            Ending(
-                outcome,
-                seconds=time.monotonic() - self.started,
-                source=reply.source if reply is not None else None,
-                sent=0 if lost else self.sent,
-                refusal=self.refusal,
-                lost=lost,
-            )
-        )
 
 
 def _patience(wire: Wire, method: Method, remaining: float | None) -> float:

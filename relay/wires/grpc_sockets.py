@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
+import struct
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 _FILES = "/proc/self/fd"
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
+#: `tcpi_bytes_received` in Linux's `struct tcp_info` (include/uapi/linux/tcp.h), since Linux 4.1.
+_BROUGHT = struct.Struct("=128xQ")
 
 
 def close_listening(port: int) -> None:
@@ -45,6 +49,27 @@ def count_connections(port: int) -> int:
     return count
 
 
+def brought(peers: Collection[str]) -> dict[str, int]:
+    """Return how many bytes the connections of these peers, in gRPC's words, have brought so far."""
+    found: dict[str, int] = {}
+    for number in _numbers():
+        with _inspected(number) as connection:
+            if connection is None or connection.family not in _FAMILIES:
+                continue
+            with suppress(OSError, struct.error):  # it has ended, or the kernel is too old to say
+                peer = _words(connection.getpeername())
+                if peer in peers:
+                    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BROUGHT.size)
+                    found[peer] = _BROUGHT.unpack(told)[0]
+    return found
+
+
+def _words(peer: tuple[Any, ...]) -> str:
+    """Return a peer as gRPC's contexts call it."""
+    host, port = str(peer[0]).removeprefix("::ffff:"), peer[1]
+    return f"ipv6:%5B{host.replace('%', '%25')}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
 def _numbers() -> list[int]:
     return [int(name) for name in os.listdir(_FILES)]  # noqa: PTH208 - a name is the number
 
@@ -52,9 +77,13 @@ def _numbers() -> list[int]:
 @contextmanager
 def _inspected(number: int) -> Iterator[socket.socket | None]:
     """Give the socket behind a file descriptor, whoever owns that; None if it is no socket."""
-    try:
-        copy = os.dup(number)
-    except OSError:  # it was closed meanwhile
+    copy = None
+    with suppress(OSError):  # it was closed meanwhile
+        # Nothing else may be copied: to close a copy of a file takes the record locks of this process off it
+        # (fcntl(2)), and with them whatever `stores/records` was about to write.
+        if stat.S_ISSOCK(os.fstat(number).st_mode):
+            copy = os.dup(number)
+    if copy is None:
         yield None
         return
     try:

@@ -30,6 +30,7 @@ from relay.limits import Limits, bodies
 from relay.quota import Quota
 from relay.wires.forwarded import Forwarding
 from relay.wires.grpc_fleet import GrpcFront
+from relay.wires.grpc_message import Messages
 from relay.wires.grpc_server import GrpcServer
 from relay.wires.http import Front, Route
 from relay.wires.http_request import CONTENT_TYPE, Receiver
@@ -250,7 +251,7 @@ async def _grpc_relay(superlink: SuperLink) -> AsyncIterator[str]:
         handlers,
         Forwarding(()),
         Quota(1 << 30),
-        bodies=dict.fromkeys(Method, 1 << 20),
+        Messages(Limits(dict.fromkeys(Method, 1 << 20)), 30.0),
         tls=False,
         on_stray=lambda _: None,
     )

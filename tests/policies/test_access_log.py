@@ -13,6 +13,7 @@ from relay.call import Call, Ending, Identity, Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.policies import AccessLog, access_log
 from relay.refusal import NodeGone, Reason, Refusal
+from relay.wires.grpc_message import Message
 
 MakeCall = Callable[..., Call]
 
@@ -190,3 +191,21 @@ async def test_neither_payload_nor_credentials_are_written(
 @pytest.mark.parametrize("method", Method, ids=lambda method: method.rpc)
 def test_calls_of_every_method_are_written_down(method: Method) -> None:
     assert AccessLog(debug=False).applies(method)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+async def test_a_message_of_grpc_is_not_received_for_the_log_and_its_ids_are_written(
+    make_call: MakeCall, log: CapturingLogger, debug: bool
+) -> None:
+    """Whoever sends it has not been asked yet who he is."""
+    call = make_call(Method.PUSH_OBJECT, Message(Body(REQUEST)), wire=Wire.GRPC)
+
+    async def auth(call: Call) -> Reply:
+        assert call.payload.passed == 0
+        await call.payload.peek(1)
+        raise NodeGone
+
+    with pytest.raises(NodeGone):
+        await AccessLog(debug=debug).handle(call, auth)
+    call.end(GONE)
+    assert log.calls[0].kwargs["node_id"] == 7

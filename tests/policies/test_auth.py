@@ -67,6 +67,7 @@ class Upstream:
 async def outcome(call: Call, auth: Auth) -> Identity | Refusal | None:
     """Return who was let in, or the refusal."""
     upstream = Upstream()
+    call.identity = None  # of an earlier outcome
     try:
         await auth.handle(call, upstream)
     except Refusal as refusal:
@@ -223,6 +224,27 @@ async def test_calls_are_counted_by_what_let_them_in(call: Call) -> None:
 async def test_what_proved_a_caller_stays_here_and_its_own_proof_passes(call: Call) -> None:
     await outcome(call, Auth(((Given("a", A),),)))
     assert call.metadata == [HEADERS[at] for at in (0, 2, 3, 4, 7, 8)]
+
+
+async def test_whoever_was_admitted_before_is_not_asked_again_and_what_proved_him_stays_here(
+    call: Call,
+) -> None:
+    credential = Given("a", A)
+    auth, upstream = Auth(((credential,),)), Upstream()
+    call.metadata = HEADERS
+    await auth.admit(call)
+    assert (call.identity, call.metadata) == (A, HEADERS)
+    await auth.handle(call, upstream)
+    assert credential.asked == 1
+    assert upstream.calls[0].metadata == without_credentials(HEADERS) != HEADERS
+
+
+async def test_a_stranger_is_not_admitted(call: Call) -> None:
+    auth = Auth(((Given("a", WRONG_A),),))
+    with pytest.raises(Refusal) as caught:
+        await auth.admit(call)
+    assert caught.value is WRONG_A
+    assert call.identity is None
 
 
 async def test_a_credential_is_sent_on_where_that_is_wanted(call: Call) -> None:

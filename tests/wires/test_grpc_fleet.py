@@ -3,101 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import math
 import re
 import time
 from base64 import b64encode
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 
 from relay import dialect
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Kind, Method
-from relay.quota import GUESS, Quota
+from relay.quota import GUESS
 from relay.refusal import Reason, Refusal
 from relay.wires import grpc_adapter
-from relay.wires.forwarded import Forwarding
-from relay.wires.grpc_fleet import GrpcFront, _address
-from relay.wires.grpc_server import GrpcServer
-from tests.grpc_ends import GrpcNode
+from relay.wires.grpc_fleet import _address
+from tests.grpc_served import Served, serve_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from relay.call import Call, Ending
-    from relay.pipeline import Handler
+    from relay.call import Call
 
 pytestmark = pytest.mark.timeout(60)
 
 REQUEST = b"\x0a\x02\x08\x07"
 
 
-class Ended(NamedTuple):
-    call: Call
-    ending: Ending
-
-
-class Served:
-    """A front that runs, and a node before it."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.ended: list[Ended] = []
-        self.strays: list[str] = []
-        self.front: GrpcFront
-        self.server: GrpcServer
-        self.node: GrpcNode
-        self.held: Quota
-
-    async def ending(self, count: int = 1) -> Ending:
-        """Return the last of `count` endings."""
-        async with asyncio.timeout(20):
-            while len(self.ended) < count:
-                await asyncio.sleep(0.01)
-        assert len(self.ended) == count
-        return self.ended[-1].ending
-
-
 @pytest.fixture
 async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
     async with AsyncExitStack() as stack:
-
-        async def serve(
-            handler: Handler,
-            *,
-            wires: tuple[Wire, ...] = (Wire.GRPC, Wire.GRPC_ADAPTER),
-            max_body: int = 1 << 20,
-            held: int = 1 << 30,
-            trusted: str | None = None,
-        ) -> Served:
-            served = Served()
-
-            async def handle(call: Call) -> Reply:
-                served.calls.append(call)
-                call.on_end(lambda call, ending: served.ended.append(Ended(call, ending)))
-                if call.fault is not None:
-                    raise call.fault
-                return await handler(call)
-
-            served.held = Quota(held)
-            served.front = GrpcFront(
-                {(wire, method): handle for wire in wires for method in Method},
-                Forwarding([ipaddress.ip_network(trusted)] if trusted else []),
-                served.held,
-                bodies=dict.fromkeys(Method, max_body),
-                tls=False,
-                on_stray=served.strays.append,
-            )
-            served.server = GrpcServer(served.front, "127.0.0.1:0", max_body=max_body, keepalive=75.0)
-            await served.server.start()
-            stack.push_async_callback(served.server.drain, 0.0)
-            served.node = await stack.enter_async_context(GrpcNode(served.server.port))
-            return served
-
-        yield serve
+        yield partial(serve_grpc, stack)
 
 
 async def echo(call: Call) -> Reply:
@@ -337,7 +275,10 @@ async def test_a_part_never_passes_for_the_whole(
 # -- nodes that go --------------------------------------------------------------------------------------
 
 
-async def test_a_node_that_leaves_ends_its_call(serve: Callable[..., Awaitable[Served]]) -> None:
+@pytest.mark.parametrize("method", [method for method in Method if method.kind is not Kind.PULL])
+async def test_a_node_that_leaves_ends_its_call(
+    serve: Callable[..., Awaitable[Served]], method: Method
+) -> None:
     came = asyncio.Event()
 
     async def hang(call: Call) -> Reply:
@@ -346,7 +287,7 @@ async def test_a_node_that_leaves_ends_its_call(serve: Callable[..., Awaitable[S
         raise AssertionError
 
     served = await serve(hang)
-    call = served.node.call(Method.PULL_MESSAGES, REQUEST)
+    call = served.node.call(method, REQUEST)
     await came.wait()
     call.cancel()
     ending = await served.ending()
@@ -372,19 +313,22 @@ async def test_an_answer_that_was_there_when_its_node_left_is_lost(
     call = served.node.call(Method.PULL_MESSAGES, REQUEST)
     await came.wait()
     call.cancel()
+    await served.until(lambda: served.front.left)
+    go.set()
     ending = await served.ending()
     assert (ending.outcome, ending.lost, ending.sent) == ("node_gone", True, 0)
 
 
-async def test_a_node_whose_time_is_over_is_gone(serve: Callable[..., Awaitable[Served]]) -> None:
+@pytest.mark.parametrize("method", [Method.SEND_NODE_HEARTBEAT, Method.PULL_MESSAGES])
+async def test_a_node_whose_time_is_over_is_gone(
+    serve: Callable[..., Awaitable[Served]], method: Method
+) -> None:
     async def hang(call: Call) -> Reply:
         await asyncio.sleep(60)
         raise AssertionError
 
     served = await serve(hang)
-    assert (
-        await served.node.ask(Method.SEND_NODE_HEARTBEAT, REQUEST, timeout=0.2)
-    ).code == "DEADLINE_EXCEEDED"
+    assert (await served.node.ask(method, REQUEST, timeout=0.2)).code == "DEADLINE_EXCEEDED"
     assert (await served.ending()).outcome == "node_gone"
 
 
@@ -481,7 +425,7 @@ async def test_a_pushed_object_is_not_read_before_it_has_its_share(
     await served.held.take(GUESS)
     push = asyncio.ensure_future(served.node.ask(Method.PUSH_OBJECT, b"x" * (20 << 20)))
     await asyncio.sleep(0.3)
-    assert not served.calls
+    assert served.calls[0].payload.passed == 0
     served.held.give(GUESS)
     assert len((await push).data) == 20 << 20
     await served.ending()
@@ -496,13 +440,10 @@ async def test_a_node_that_leaves_while_it_waits_leaves_nothing_behind(
     push = served.node.call(Method.PUSH_OBJECT, b"x")
     await asyncio.sleep(0.1)
     push.cancel()
-    async with asyncio.timeout(10):
-        while not served.strays:
-            await asyncio.sleep(0.01)
-    assert served.strays == ["node_gone"]
+    assert (await served.ending()).outcome == "node_gone"
     served.held.give(GUESS)
     assert (await served.node.ask(Method.PUSH_OBJECT, b"x")).data == b"x"
-    await served.ending()
+    await served.ending(2)
     assert served.held.held == 0
 
 

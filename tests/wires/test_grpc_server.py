@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from relay.call import Ending, Payload, Reply, Source, Wire
 from relay.fleet import Method
+from relay.limits import Limits
 from relay.quota import Quota
 from relay.wires.forwarded import Forwarding
 from relay.wires.grpc_fleet import MOST_BYTES, GrpcFront
+from relay.wires.grpc_message import Messages
 from relay.wires.grpc_server import GrpcServer, options
 from relay.wires.grpc_tls import server_credentials
 from tests.certificates import make_pair
@@ -52,7 +53,7 @@ def front(handler: Handler, *, tls: bool = False) -> GrpcFront:
         {(Wire.GRPC, method): handler for method in Method},
         Forwarding([]),
         Quota(1 << 30),
-        bodies=dict.fromkeys(Method, 1 << 20),
+        Messages(Limits(dict.fromkeys(Method, 1 << 20)), 20.0),
         tls=tls,
         on_stray=lambda _: None,
     )
@@ -83,25 +84,6 @@ async def serve(
     await server.start()
     stack.push_async_callback(server.drain, 0.0)
     return server
-
-
-async def health(node: GrpcNode, service: str = "") -> str:
-    stub = health_pb2_grpc.HealthStub(node.channel)
-    answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-
-
-@pytest.mark.parametrize("service", ["", "flwr.proto.Fleet"])
-async def test_health_is_told_until_the_relay_is_about_to_stop(stack: AsyncExitStack, service: str) -> None:
-    handler = Slow()
-    handler.go.set()
-    server = await serve(stack, handler)
-    node = await stack.enter_async_context(GrpcNode(server.port))
-    assert await health(node, service) == "SERVING"
-    await server.not_ready()
-    await server.not_ready()
-    assert await health(node, service) == "NOT_SERVING"
-    assert (await node.ask(Method.PULL_MESSAGES)).code == "OK", "calls are served on"
 
 
 async def test_a_drain_loses_no_call_and_takes_no_new_one(stack: AsyncExitStack) -> None:

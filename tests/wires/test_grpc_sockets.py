@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from contextlib import ExitStack, suppress
@@ -85,3 +86,17 @@ def test_looking_leaves_no_file_open(stack: ExitStack) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     os.close(reader)
     os.close(writer)
+
+
+def test_a_look_at_the_sockets_leaves_the_locks_of_other_files(stack: ExitStack) -> None:
+    mine = listen(stack)
+    table = stack.enter_context(os.fdopen(os.memfd_create("table"), "r+b"))
+    fcntl.lockf(table, fcntl.LOCK_EX, 1, 0)
+    assert count_connections(port_of(mine)) == 0
+    if (child := os.fork()) == 0:
+        try:
+            fcntl.lockf(table, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

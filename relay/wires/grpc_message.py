@@ -1,0 +1,208 @@
+"""The message of a gRPC call: not received before it is asked for, nor waited for without an end.
+
+On the wire a unary call is a stream of one message, and is served here as one. The chain asks for the message
+when it first looks at it, which is behind `auth`; until then flow control holds the sender up, and all that
+there is of the message are the bytes that gRPC takes unasked. What may be long takes its share of the quota
+before it is received.
+
+gRPC does not say how much of a message has come. So whether one comes as fast as it must is seen from what
+its connection has brought, which the kernel counts, shared among all messages that are waited for on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from grpc import aio
+
+from relay.call import Payload, View
+from relay.limits import Limits, Pace
+from relay.refusal import Reason, Refusal
+from relay.wires import grpc_sockets
+
+if TYPE_CHECKING:
+    from relay.call import Body
+    from relay.wires.grpc_rpc import Rpc
+
+#: A message that may not be longer than this comes with the head of its call, or next to it.
+SMALL = 64 * 1024
+#: Seconds in which gRPC tells that a node has left; that there is no message it tells before.
+_TO_HEAR = 0.1
+
+
+class Message(Payload):
+    """A body of which there is all or nothing: whoever looks at a part of it has it received."""
+
+    __slots__ = ()
+
+    def __init__(self, body: Body) -> None:
+        """Hold what `body` will bring in one piece."""
+        super().__init__(body=body)
+
+    async def peek(self, size: int) -> bytes:
+        """Return the first `size` bytes. Raises what `Body.read` raises."""
+        self._look(View.PEEK)
+        await self._receive()
+        return self._data[:size]
+
+    async def read(self, limit: int) -> bytes:
+        """Return the whole message. See `Payload.read`."""
+        self._look(View.BYTES)
+        await self._receive()
+        return await super().read(limit)
+
+    async def __anext__(self) -> bytes:
+        await self._receive()
+        return await super().__anext__()
+
+    async def _receive(self) -> None:
+        if self._body is not None:
+            self._data = await self._pull(self._body)
+            self._body = None
+            self.size = len(self._data)
+
+
+class Incoming:
+    """A message that is still to be received; see `relay.call.Body`.
+
+    Attributes:
+        peer: who sends it, in gRPC's words.
+        waits: whether it waits for its share of the quota first.
+    """
+
+    __slots__ = (
+        "_before",
+        "_context",
+        "_fault",
+        "_limit",
+        "_looked",
+        "_messages",
+        "_pace",
+        "_rpc",
+        "_task",
+        "peer",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        messages: Messages,
+        rpc: Rpc,
+        context: aio.ServicerContext[bytes, bytes],
+        peer: str,
+        limit: int,
+    ) -> None:
+        """Receive from `context`.
+
+        Args:
+            messages: what is waited for beside it.
+            rpc: whose it is.
+            context: where it comes from.
+            peer: who sends it.
+            limit: most bytes that it may have.
+        """
+        self._messages = messages
+        self._rpc = rpc
+        self._context = context
+        self.peer = peer
+        self.waits = False
+        self._limit = limit
+        self._task: asyncio.Task[object] | None = None
+        self._fault: Refusal | None = None
+        self._pace: Pace | None = None
+        self._before: int | None = None
+        self._looked = 0.0
+
+    async def read(self) -> bytes:
+        """Return the message, whole.
+
+        Raises:
+            Refusal: MALFORMED if there is none, or if it comes too slowly; TOO_LARGE; OVERLOADED if it got no
+                share of the quota.
+        """
+        started = time.monotonic()
+        if self.waits:
+            await self._rpc.take()
+        task = self._task = asyncio.current_task()
+        waiting = self._messages.waiting
+        waiting.add(self)
+        try:
+            message: bytes = await self._context.read()
+            if message is aio.EOF:
+                await asyncio.sleep(_TO_HEAR)
+        except asyncio.CancelledError:
+            if self._fault is None or task is None or task.uncancel() > 0:
+                raise
+            raise self._fault from None
+        finally:
+            waiting.discard(self)
+            self._task = None
+        if message is aio.EOF:
+            raise Refusal(Reason.MALFORMED, "no message, or one that gRPC refused", by="wire", sent=False)
+        size = len(message)
+        self._rpc.received(size, time.monotonic() - started)
+        if size > self._limit:
+            detail = f"{size} bytes, at most {self._limit}"
+            raise Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
+        return message
+
+    def close(self) -> None:
+        """Nothing to give up: gRPC lets go of what was not received when the call ends."""
+
+    def is_due(self, now: float, idle_timeout: float) -> bool:
+        """Return whether it is time for another look."""
+        return self._pace is None or now - self._looked >= idle_timeout
+
+    def look(self, now: float, brought: int | None, crowd: int) -> None:
+        """Give the message up if it comes too slowly.
+
+        Args:
+            now: `time.monotonic()`.
+            brought: bytes that its connection has brought so far; None if that is not known.
+            crowd: how many messages are waited for on that.
+        """
+        limits, idle_timeout = self._messages.limits, self._messages.idle_timeout
+        if self._pace is None:
+            self._pace = Pace(limits.min_rate, limits.rate_window)
+        elif self._limit <= SMALL or brought is None or self._before is None or brought <= self._before:
+            self._give_up(f"no whole message within {idle_timeout:g} s, or nothing more of it")
+        elif not self._pace.holds(now - self._looked, (brought - self._before) // crowd):
+            self._give_up("the message comes slower than limits.min_rate")
+        self._before, self._looked = brought, now
+
+    def _give_up(self, why: str) -> None:
+        if self._task is not None:
+            self._fault = Refusal(Reason.MALFORMED, why, by="wire", sent=False)
+            self._task.cancel()
+
+
+class Messages:
+    """The messages that are waited for on one listener.
+
+    Attributes:
+        limits: what they must keep to.
+        idle_timeout: seconds in which something of each must come.
+        waiting: them.
+    """
+
+    def __init__(self, limits: Limits, idle_timeout: float) -> None:
+        """Have each keep to `limits`, and bring something in `idle_timeout` seconds."""
+        self.limits = limits
+        self.idle_timeout = idle_timeout
+        self.waiting: set[Incoming] = set()
+
+    async def tick(self) -> None:
+        """Give up those that come too slowly; to be called once a second."""
+        now = time.monotonic()
+        due = [each for each in self.waiting if each.is_due(now, self.idle_timeout)]
+        if not due:
+            return
+        # Every open file is looked at, which may take long where there are many.
+        brought = await asyncio.to_thread(grpc_sockets.brought, {each.peer for each in due})
+        crowd = Counter(each.peer for each in self.waiting)
+        for each in due:
+            if each in self.waiting:
+                each.look(now, brought.get(each.peer), crowd[each.peer])
