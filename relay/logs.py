@@ -67,8 +67,8 @@ def configure(log: Log, stream: TextIO | None = None) -> None:
 def _fit_to_write(record: logging.LogRecord) -> bool:
     """Return whether a line of gRPC's may be written.
 
-    Not metadata that is no UTF-8: it comes from anybody, before authentication, and may be a credential. Nor
-    that a node left before its answer was sent, which is no error: its call ends, and is counted, as `node_gone`.
+    Not metadata that is no UTF-8: it comes from anybody, before authentication, and may be a credential.
+    Nor that a node left before its answer was sent, which is no error: its call is counted, as `node_gone`.
     """
     return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised"))
 

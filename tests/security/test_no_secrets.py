@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.relay_process import RelayProcess, free_port
+from tests.security import http2
 from tests.security.corpus import Case, call, chunks, length, push
 from tests.security.recorder import ANSWER, Recorder
 from tests.security.test_smuggling import exchange
@@ -212,3 +213,49 @@ def test_nothing_of_a_whole_run_tells_a_secret(tmp_path: Path) -> None:
         assert upstream.seen
         sent = b"".join(b"".join(seen.headers.values()) + seen.body for seen in upstream.seen)
         assert {"payload", "signature"} <= set(leaks(sent))  # the search would have found them
+
+
+def test_nothing_of_a_run_over_grpc_tells_a_secret(tmp_path: Path) -> None:
+    """gRPC itself writes metadata that is no UTF-8 to the log, before anybody was asked who he is."""
+    path, port = "/flwr.proto.Fleet/PullMessages", free_port()
+    proof = [
+        (b"flwr-public-key-bin", base64.b64encode(SECRETS["public-key"])),
+        (b"flwr-timestamp", b"2026-11-23T12:00:00+00:00"),
+        (b"flwr-signature-bin", base64.b64encode(SECRETS["signature"])),
+    ]
+    credentials = {
+        b"authorization": b"Bearer " + SECRETS["bearer"],
+        b"x-api-key": SECRETS["api-key"],
+        b"cookie": b"session=" + SECRETS["cookie"],
+        b"x-unknown": SECRETS["unknown-header"],
+    }
+    sound = http2.message(BODY)
+    with (
+        Recorder() as upstream,
+        RelayProcess(
+            tmp_path,
+            upstream.port,
+            log={"level": "debug", "format": "json"},
+            listeners=[{"address": f"127.0.0.1:{port}", "wires": ["grpc", "grpc_adapter"]}],
+        ) as relay,
+    ):
+        told = b""
+        for end in (b"", b"\xff", b"\xa0", b"\x00"):
+            metadata = [*proof, *((name, value + end) for name, value in credentials.items())]
+            for data in (sound, sound[:-2], sound + SECRETS["payload"], http2.message(SECRETS["payload"])):
+                with http2.Connection(port) as node:
+                    stream = node.call(path, metadata, data)
+                    told += b"".join(frame.payload for frame in node.read(stream, 1.0))
+        with http2.Connection(port) as node:
+            node.send(SECRETS["payload"] * 100)
+            told += b"".join(frame.payload for frame in node.read(1, 1.0))
+        pages = [relay.get(page)[1] for page in ("/metrics", "/nodes")]
+        assert relay.stop() == 0
+        log = relay.log.read_bytes()
+        assert log.count(b'"PullMessages"') > 4
+        assert upstream.seen
+        sent = b"".join(b"".join(seen.headers.values()) + seen.body for seen in upstream.seen)
+        assert "signature" in leaks(sent)  # the search would have found it
+    assert leaks(log) == []
+    assert leaks(told) == []
+    assert leaks("".join(pages).encode()) == []
