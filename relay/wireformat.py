@@ -19,17 +19,18 @@ class TruncatedError(Exception):
     """The bytes end, or stop being protobuf, in the middle of a field."""
 
 
-def fields(data: bytes, only: Container[int] | None = None) -> Iterator[tuple[int, int | bytes]]:
+def fields(data: bytes, only: Container[int] | None = None, at: int = 0) -> Iterator[tuple[int, int | bytes]]:
     """Yield (field number, value) of the varint and length-delimited fields, in their order.
 
     Args:
         data: a serialized message.
         only: numbers of those that are wanted; what others hold, which may be a model, is not copied.
+        at: where the first of them begins.
 
     Raises:
         TruncatedError: in the middle of a field; what was yielded before stands.
     """
-    at, end = 0, len(data)
+    end = len(data)
     while at < end:
         tag, at = _varint(data, at)
         number, wire_type = tag >> 3, tag & 7
