@@ -133,11 +133,11 @@ def test_garbage_is_told_from_a_message_when_a_field_is_replaced(data: bytes) ->
             replace_bytes(data, 1, b"x")
 
 
-def read(data: bytes, only: set[int] | None = None) -> list[tuple[int, int | bytes]]:
+def read(data: bytes, only: set[int] | None = None, at: int = 0) -> list[tuple[int, int | bytes]]:
     """Return the fields; (0, b"") stands where they break off."""
     found: list[tuple[int, int | bytes]] = []
     try:
-        for field in fields(data, only):
+        for field in fields(data, only, at):
             found.append(field)  # noqa: PERF402 - what came before the error stands
     except TruncatedError:
         found.append((0, b""))
@@ -157,6 +157,8 @@ def test_the_fields_that_are_wanted_are_those_of_all(
     encoded = [encode_uint(n, v) if isinstance(v, int) else encode_bytes(n, v) for n, v in parts]
     data = b"".join(encoded) + garbage
     assert read(data, only) == [field for field in read(data) if field[0] in only | {0}]
+    if parts:
+        assert read(data, at=len(encoded[0])) == read(data)[1:]
 
 
 def test_what_is_not_wanted_is_not_copied() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -348,3 +349,15 @@ def test_whose_request_it_is_a_superlink_reads_as_the_relay_does(given: tuple[Me
         parsed.run_id if "run_id" in names else None,
         getattr(parsed, name) if name else None,
     )
+
+
+def test_a_model_is_looked_past_and_not_copied() -> None:
+    data = build(Method.PUSH_OBJECT, SOUND).SerializeToString() + encode_bytes(4, bytes(4 << 20))
+    tracemalloc.start()
+    try:
+        assert fault(Method.PUSH_OBJECT, data, whole=True) is None
+        assert fault(Method.PUSH_OBJECT, data + encode_uint(2, 1), whole=True) == "repeated"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(data) + 100_000  # for what was put behind it
