@@ -24,6 +24,7 @@ from relay.policies import (
     AccessLog,
     Auth,
     Budget,
+    Held,
     Inventory,
     Maintenance,
     Metrics,
@@ -120,11 +121,11 @@ def build(
     held = Quota(settings.limits.max_held)
     tls = _tls(settings, table)
     context = tls.upstream.context if tls.upstream is not None else None
-    pool = superlink(settings, upstreams or UpstreamTable(), context, held)
+    pool = superlink(settings, upstreams or UpstreamTable(), context)
     counting = Metrics()
     keys = admission.key_table(settings.keys)
     node_keys = admission.node_keys(settings.node_keys)
-    chosen = policies(settings, table, counting, kept, nodes)
+    chosen = policies(settings, table, counting, kept, nodes, held=held)
     known = admission.credentials(settings, keys, node_keys)
     asking = [admission.auth(listener.auth, known) for listener in settings.listeners]
     ticks: list[Callable[[], None]] = [counting.sample, keys.tick, *(auth.sample for auth in asking)]
@@ -236,6 +237,8 @@ def policies(
     counting: Metrics,
     kept: HostRecords | None = None,
     nodes: Nodes | None = None,
+    *,
+    held: Quota | None = None,
 ) -> tuple[Policy, ...]:
     """Return the policies that these settings ask for, each with its own section alone, in ORDER.
 
@@ -274,6 +277,10 @@ def policies(
             base=retry.base,
             cap=retry.cap,
             budget=Budget(retry.budget, retry.floor),
+        ),
+        Held: Held(
+            (held or Quota(settings.limits.max_held)) if settings.upstream.wire is Wire.GRPC else None,
+            queue_timeout=settings.upstream.queue_timeout,
         ),
         Shed: _shed(settings.shed),
         Signing: _signing(settings),

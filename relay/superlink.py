@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.pipeline import Handler
-    from relay.quota import Quota
     from relay.settings import BaseUrl, Settings, Upstream
     from relay.stores.upstreams import UpstreamTable
 
@@ -32,18 +31,17 @@ def urls(section: Upstream) -> tuple[BaseUrl, ...]:
     return (section.url, *section.addresses, *section.standby)
 
 
-def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None, held: Quota) -> Balance:
+def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None) -> Balance:
     """Make the way to the SuperLink. Call it inside the running event loop.
 
     Args:
         settings: the whole tree.
         table: what the workers of the host share about addresses.
         tls: for https; gRPC makes its own of the same files.
-        held: what long messages of a gRPC SuperLink take their share of.
     """
     section = settings.upstream
     if section.wire is Wire.GRPC:
-        return _over_grpc(settings, table, held)
+        return _over_grpc(settings, table)
     balance: Balance
 
     def reconsider() -> None:
@@ -82,7 +80,7 @@ def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | No
     return balance
 
 
-def _over_grpc(settings: Settings, table: UpstreamTable, held: Quota) -> Balance:
+def _over_grpc(settings: Settings, table: UpstreamTable) -> Balance:
     """The same for a SuperLink that speaks gRPC, which has one address, and looks names up by itself."""
     from relay.upstreams.channels import Channels, Secured  # noqa: PLC0415 - imported where it is spoken
     from relay.upstreams.grpc_fleet import GrpcUpstream  # noqa: PLC0415
@@ -98,8 +96,6 @@ def _over_grpc(settings: Settings, table: UpstreamTable, held: Quota) -> Balance
     upstream = GrpcUpstream(
         channels,
         Timeouts(section.response_timeout, section.heartbeat_timeout),
-        held,
-        queue_timeout=section.queue_timeout,
         judging=settings.mode != "pass_through",
     )
     handler, breaker = _broken(settings, channels.name, upstream, table, channels.renew)

@@ -9,7 +9,6 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from relay.admin_breakers import add_routes
-from relay.quota import Quota
 from relay.settings import load
 from relay.stores.upstreams import CLOSED, OPEN, UpstreamTable
 from relay.superlink import superlink
@@ -27,7 +26,7 @@ def table() -> UpstreamTable:
 
 @pytest.fixture
 async def client(table: UpstreamTable) -> AsyncIterator[TestClient[Any, Any]]:
-    balance = superlink(load(None, {}), table, None, Quota(1))
+    balance = superlink(load(None, {}), table, None)
     app = web.Application()
     add_routes(app, balance)
     async with TestClient(TestServer(app)) as client:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from relay.policies.shed import Shed
-from relay.quota import Quota
 from relay.settings import load
 from relay.stores.upstreams import OPEN, UpstreamTable
 from relay.superlink import superlink
@@ -30,7 +29,7 @@ def settings(**environ: str) -> Settings:
 
 
 def made(table: UpstreamTable | None = None, **environ: str) -> Balance:
-    return superlink(settings(**environ), table or UpstreamTable(), None, Quota(1))
+    return superlink(settings(**environ), table or UpstreamTable(), None)
 
 
 async def test_one_address_has_a_breaker_and_is_not_checked() -> None:

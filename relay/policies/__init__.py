@@ -12,6 +12,8 @@ ORDER is the order in which a call meets them:
     redelivery   outside of repair and retry: it keeps what came out of them, and nothing that was made here
     repair       outside of retry: it judges what came out of all attempts
     retry        outside of one exchange with the upstream, which is one attempt
+    held         inside of retry: who waits for a repeat holds nothing; outside of shed: who waits for memory
+                 must not hold a place in the SuperLink's queue. It stays in `mode: pass_through`
     shed         inside of retry: who waits for a repeat must not hold a place in the SuperLink's queue
     signing      each attempt gets a signature that is good at that time. It stays in `mode:
                  pass_through`, where the nodes that need it would get nothing but 401
@@ -21,6 +23,7 @@ ORDER is the order in which a call meets them:
 from relay.policies.accepted import Accepted
 from relay.policies.access_log import AccessLog
 from relay.policies.auth import Auth
+from relay.policies.held import Held
 from relay.policies.inventory import Inventory
 from relay.policies.maintenance import Maintenance
 from relay.policies.metrics import Metrics
@@ -41,6 +44,7 @@ __all__ = [
     "AccessLog",
     "Auth",
     "Budget",
+    "Held",
     "Inventory",
     "Maintenance",
     "Metrics",
@@ -64,6 +68,7 @@ ORDER = (
     Redelivery,
     Repair,
     Retry,
+    Held,
     Shed,
     Signing,
     Accepted,
@@ -76,4 +81,4 @@ OBSERVERS = (Metrics, AccessLog, Inventory)
 GUARDS = (Auth, Validate, Quarantine)
 
 #: And behind those: without it some nodes could not be served at all.
-BRIDGES = (Signing,)
+BRIDGES = (Held, Signing)

@@ -1,18 +1,17 @@
 """A SuperLink of flwr 1.23 to 1.39, which speaks gRPC: `flwr.proto.Fleet`.
 
 Requests and answers pass as bytes; nothing is parsed. gRPC takes and gives messages whole, so what comes from
-or goes to an HTTP node is gathered first, within the worker's quota.
+or goes to an HTTP node is gathered first; the policy `held` has made room for it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING
 
 from grpc import aio
 
-from relay import bridge, quota
+from relay import bridge
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Kind, Method
 from relay.refusal import Reason, Refusal
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from relay.call import Metadata, Wire
-    from relay.quota import Quota
 
 #: An object comes whole or not at all, so its time includes its way: 1 GiB takes 86 s at 100 Mbit/s.
 OBJECT_SECONDS = 120.0
@@ -52,9 +50,7 @@ class GrpcUpstream:
         self,
         channels: Channels,
         timeouts: Timeouts,
-        held: Quota,
         *,
-        queue_timeout: float,
         judging: bool = True,
         nodes: Mapping[Wire, Nodes] = NODES,
     ) -> None:
@@ -63,15 +59,11 @@ class GrpcUpstream:
         Args:
             channels: to the SuperLink.
             timeouts: how long to wait for an answer.
-            held: what HTTP nodes' long messages take their share of.
-            queue_timeout: seconds that a call waits for it.
             judging: whether an answer that would end a node is refused; if not, any answer is passed on.
             nodes: what the nodes of each wire that is carried make of an answer.
         """
         self.pool = channels
         self._timeouts = timeouts
-        self._held = held
-        self._queue_timeout = queue_timeout
         self._judging = judging
         self._nodes = nodes
 
@@ -79,40 +71,11 @@ class GrpcUpstream:
         """Send the call and return the SuperLink's answer.
 
         Raises:
-            Refusal: UPSTREAM_DOWN, UPSTREAM_TIMEOUT, OVERLOADED (too much is held), TOO_LARGE,
-                UPSTREAM_BAD_ANSWER or UPSTREAM_REJECTED (see `judge`), or what the node's body raises.
+            Refusal: UPSTREAM_DOWN, UPSTREAM_TIMEOUT, OVERLOADED, TOO_LARGE, UPSTREAM_BAD_ANSWER or
+                UPSTREAM_REJECTED (see `judge`), or what the node's body raises.
             NodeGone: the node left in the middle of its body.
         """
         data = call.payload.data
-        # A gRPC wire has taken its share for the whole call.
-        if call.wire.grpc or (data is not None and call.method is not Method.PULL_OBJECT):
-            return await self._exchange(call, data)
-        taken = await self._take(call.payload.size if data is None else quota.GUESS)
-        try:
-            reply = await self._exchange(call, data)
-        except BaseException:
-            self._held.give(taken)
-            raise
-        answer = reply.payload.data or b""
-        if len(answer) <= WHOLE:
-            self._held.give(taken)
-        else:
-            taken = self._held.settle(taken, len(answer))
-            reply.payload = Payload(body=_Pieces(answer, self._held, taken), size=taken)
-        return reply
-
-    async def _take(self, size: int | None) -> int:
-        size = quota.GUESS if size is None else size
-        try:
-            async with asyncio.timeout(self._queue_timeout):
-                await self._held.take(size)
-        except TimeoutError:
-            raise Refusal(
-                Reason.OVERLOADED, "limits.max_held bytes are held already", by=self.pool.name, sent=False
-            ) from None
-        return size
-
-    async def _exchange(self, call: Call, data: bytes | None) -> Reply:
         streamed = data is None
         if data is None:
             data = await call.payload.read(MOST_BYTES)
@@ -137,7 +100,10 @@ class GrpcUpstream:
         # Flower says nothing in the initial metadata, and each look costs as much as all policies together.
         metadata = _headers(await asked.trailing_metadata())
         metadata.append(bridge.CONTENT_TYPE)
-        return Reply(Payload(answer), Source.UPSTREAM, metadata=metadata)
+        # A gRPC node takes it as it is, an HTTP node in pieces.
+        long = call.method is Method.PULL_OBJECT and len(answer) > WHOLE and not call.wire.grpc
+        payload = Payload(body=_Pieces(answer), size=len(answer)) if long else Payload(answer)
+        return Reply(payload, Source.UPSTREAM, metadata=metadata)
 
     def _timeout(self, call: Call, *, streamed: bool) -> float:
         if call.method.kind is Kind.HEARTBEAT:
@@ -177,26 +143,20 @@ class GrpcUpstream:
 class _Pieces:
     """An answer that is at hand, given to an HTTP wire piece by piece; see `relay.call.Body`."""
 
-    __slots__ = ("_at", "_data", "_held", "_taken")
+    __slots__ = ("_at", "_data")
 
-    def __init__(self, data: bytes, held: Quota, taken: int) -> None:
-        """Give `data`, and give `taken` bytes back at its end."""
+    def __init__(self, data: bytes) -> None:
+        """Give `data`."""
         self._data = memoryview(data)
         self._at = 0
-        self._held = held
-        self._taken = taken
 
     async def read(self) -> bytes:
         piece = bytes(self._data[self._at : self._at + PIECE])
         self._at += len(piece)
-        if not piece:
-            self.close()
         return piece
 
     def close(self) -> None:
         self._data = memoryview(b"")
-        self._held.give(self._taken)
-        self._taken = 0
 
 
 def _headers(*received: bridge.GrpcMetadata | None) -> Metadata:

@@ -17,12 +17,14 @@ from relay.policies import (
     Accepted,
     AccessLog,
     Auth,
+    Held,
     Inventory,
     Maintenance,
     Metrics,
     Quarantine,
     Repair,
     Retry,
+    Shed,
     Signing,
     Validate,
 )
@@ -56,8 +58,13 @@ def test_only_what_the_superlink_itself_answered_is_taken_for_accepted() -> None
     assert ORDER[-1] is Accepted
 
 
+def test_who_waits_for_memory_holds_no_place_in_the_queue_of_the_superlink() -> None:
+    at = ORDER.index(Held)
+    assert ORDER[at - 1 : at + 2] == (Retry, Held, Shed)
+
+
 def test_what_signs_stands_behind_all_that_may_ask_a_superlink() -> None:
-    assert (Signing,) == BRIDGES
+    assert (Held, Signing) == BRIDGES
     assert ORDER.index(Signing) > max(ORDER.index(Repair), ORDER.index(Retry))
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from relay.call import Payload, Source, Wire
 from relay.fleet import Kind, Method
-from relay.quota import GUESS, Quota
 from relay.refusal import Reason, Refusal
 from relay.upstreams.channels import Channels, Secured
 from relay.upstreams.grpc_fleet import GrpcUpstream
@@ -61,7 +60,6 @@ async def make_upstream() -> AsyncIterator[MakeUpstream]:
     def make(
         port: int,
         *,
-        held: Quota | None = None,
         tls: Secured | None = None,
         host: str = "127.0.0.1",
         max_message: int = 1 << 30,
@@ -73,8 +71,6 @@ async def make_upstream() -> AsyncIterator[MakeUpstream]:
         return GrpcUpstream(
             channels,
             timeouts or Timeouts(PATIENCE, PATIENCE),
-            held or Quota(1 << 30),
-            queue_timeout=0.2,
             **more,
         )
 
@@ -388,68 +384,43 @@ async def test_garbage_does_not_reach_a_node(
 # -- long messages --------------------------------------------------------------------------------------
 
 
-async def test_an_http_nodes_upload_is_gathered_within_the_quota(
-    make_upstream: MakeUpstream, superlink: GrpcSuperLink, make_call: MakeCall
+async def test_an_http_nodes_upload_is_gathered(
+    upstream: GrpcUpstream, superlink: GrpcSuperLink, make_call: MakeCall
 ) -> None:
-    held = Quota(100)
-    upstream = make_upstream(superlink.port, held=held)
     await upstream(make_call(Method.PUSH_OBJECT, body(b"abc", b"def", b"", size=6)))
     assert superlink.asked[0].data == b"abcdef"
-    assert held.held == 0
-    await held.take(100)
-    refusal = await refused(upstream, make_call(Method.PUSH_OBJECT, body(b"abc", b"", size=3)))
-    assert (refusal.reason, refusal.sent) == (Reason.OVERLOADED, False)
-    assert held.held == 100
 
 
-async def test_an_upload_that_breaks_off_gives_its_share_back(
-    make_upstream: MakeUpstream, superlink: GrpcSuperLink, make_call: MakeCall
+async def test_an_upload_that_breaks_off_is_not_sent(
+    upstream: GrpcUpstream, superlink: GrpcSuperLink, make_call: MakeCall
 ) -> None:
-    held = Quota(100)
     broken = body(b"abc", Refusal(Reason.MALFORMED, "broke off"), size=6)
-    await refused(make_upstream(superlink.port, held=held), make_call(Method.PUSH_OBJECT, broken))
-    assert held.held == 0
+    await refused(upstream, make_call(Method.PUSH_OBJECT, broken))
     assert not superlink.asked
 
 
-@pytest.mark.parametrize("end", ["read", "closed"])
-async def test_a_long_answer_goes_to_an_http_node_in_pieces_and_is_held_until_then(
-    make_upstream: MakeUpstream, superlink: GrpcSuperLink, make_call: MakeCall, end: str
+@pytest.mark.parametrize("method", [Method.PULL_OBJECT, Method.GET_FAB])
+@pytest.mark.parametrize("wire", [Wire.HTTP_V1, Wire.GRPC])
+async def test_a_long_object_goes_to_an_http_node_in_pieces(
+    upstream: GrpcUpstream, superlink: GrpcSuperLink, make_call: MakeCall, wire: Wire, method: Method
 ) -> None:
     long = b"x" * 1_000_000
 
-    async def answer(_: Asked, __: aio.ServicerContext[bytes, bytes]) -> bytes:
+    async def answer(asked: Asked, _: aio.ServicerContext[bytes, bytes]) -> bytes:
         return long
 
     superlink.answer = answer
-    held = Quota(GUESS)
-    reply = await make_upstream(superlink.port, held=held)(make_call(Method.PULL_OBJECT, b"x"))
-    assert reply.payload.data is None
-    assert reply.payload.size == held.held == len(long)
-    if end == "read":
-        assert await whole(reply) == long
-        assert held.held == 0
+    reply = await upstream(make_call(method, b"x", wire=wire))
+    assert (reply.payload.data is None) is (wire is Wire.HTTP_V1 and method is Method.PULL_OBJECT)
+    assert reply.payload.size == len(long)
+    assert await whole(reply) == long
     reply.payload.close()
-    reply.payload.close()
-    assert held.held == 0
 
 
-async def test_a_short_answer_is_not_held(
-    make_upstream: MakeUpstream, superlink: GrpcSuperLink, make_call: MakeCall
+async def test_a_short_object_is_at_hand(
+    upstream: GrpcUpstream, superlink: GrpcSuperLink, make_call: MakeCall
 ) -> None:
-    held = Quota(GUESS)
-    reply = await make_upstream(superlink.port, held=held)(make_call(Method.PULL_OBJECT, b"x"))
-    assert reply.payload.data == ANSWER
-    assert held.held == 0
-
-
-async def test_a_grpc_nodes_objects_are_its_wires_to_hold(
-    make_upstream: MakeUpstream, superlink: GrpcSuperLink, make_call: MakeCall
-) -> None:
-    held = Quota(1)
-    await held.take(1)
-    await make_upstream(superlink.port, held=held)(make_call(Method.PULL_OBJECT, b"x", wire=Wire.GRPC))
-    assert held.held == 1
+    assert (await upstream(make_call(Method.PULL_OBJECT, b"x"))).payload.data == ANSWER
 
 
 async def test_an_answer_over_the_limit_is_too_large(
