@@ -31,7 +31,7 @@ import structlog
 from prometheus_client import Counter
 
 from relay.call import Call, Payload, Reply, Source, View
-from relay.fleet import PEEK_BYTES, Method, peek
+from relay.fleet import MAX_REQUEST, PEEK_BYTES, Kind, Method, peek
 from relay.refusal import Reason, Refusal
 from relay.wireformat import TruncatedError, encode_bytes, encode_uint, fields, uint
 
@@ -57,8 +57,8 @@ _AMBIGUOUS = frozenset({Reason.UPSTREAM_DOWN, Reason.UPSTREAM_TIMEOUT, Reason.UP
 
 #: Seconds between two attempts to push an object that the SuperLink does not hold.
 PAUSE = 1.0
-#: The head of a register or activate request holds the public key, about 215 bytes of PEM.
-_KEY_BYTES = 1024
+#: A register or activate request holds a public key, about 215 bytes of PEM, and a number.
+_JOIN_BYTES = MAX_REQUEST[Kind.JOIN]
 #: An error of a SuperLink is a short JSON object.
 _ERROR_BYTES = 16 * 1024
 #: A SuperLink holds a silent node ONLINE for 60 s; a refusal that comes later means something else.
@@ -111,7 +111,9 @@ class Repair:
         """Pass the call on and mend what comes back. Raises the Refusal that could not be mended."""
         if call.method is Method.PUSH_OBJECT:
             return await self._push(call, next)
-        key = _bytes_field(await call.payload.peek(_KEY_BYTES), 1)
+        key = _key(await call.payload.peek(_JOIN_BYTES + 1))
+        if not key:
+            return await next(call)
         if call.method is Method.REGISTER_NODE:
             return await self._register(call, next, key)
         return await self._activate(call, next, key)
@@ -285,11 +287,16 @@ def _is_ambiguous(refusal: Refusal) -> bool:
     return refusal.sent and (failed or refusal.reason in _AMBIGUOUS)
 
 
-def _bytes_field(data: bytes, number: int) -> bytes:
+def _key(request: bytes) -> bytes:
+    """Return the public key of a node that joins: the last one, as protobuf has it. b"" if there is none."""
+    key = b""
     try:
-        return next((v for n, v in fields(data) if n == number and isinstance(v, bytes)), b"")
+        for number, value in fields(request):
+            if number == 1 and isinstance(value, bytes):
+                key = value
     except TruncatedError:
         return b""
+    return key if len(request) <= _JOIN_BYTES else b""
 
 
 async def _says(reply: Reply, code: int, words: re.Pattern[bytes]) -> bool:

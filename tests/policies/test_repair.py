@@ -29,6 +29,7 @@ from relay.fleet import Method
 from relay.policies.repair import Repair
 from relay.refusal import Reason, Refusal
 from relay.stores.host import HostTable
+from relay.wireformat import encode_bytes
 
 MakeCall = Callable[..., Call]
 Step = Refusal | Reply
@@ -487,6 +488,41 @@ async def test_a_deactivation_that_fails_leaves_the_node_to_come_back(
             make_call(Method.ACTIVATE_NODE, ACTIVATE),
             SuperLink(error(412, 2004), Refusal(Reason.UPSTREAM_BAD_ANSWER, status=412)),
         )
+
+
+OTHER_KEY = KEY.replace(b"A", b"B")
+
+
+@pytest.mark.parametrize("filling", [0, 500, 3000], ids=lambda size: f"{size} bytes between")
+async def test_nobody_is_taken_for_the_holder_of_a_key_that_stands_before_his_own(
+    make_call: MakeCall, repair: Repair, filling: int
+) -> None:
+    """A SuperLink goes by the last one."""
+    twice = encode_bytes(1, KEY) + encode_bytes(9, bytes(filling)) + encode_bytes(1, OTHER_KEY)
+    await repair.handle(make_call(Method.ACTIVATE_NODE, twice), SuperLink(ok(ACTIVATED)))
+    superlink = SuperLink(error(412, 2004))
+    with pytest.raises(Refusal):
+        await repair.handle(make_call(Method.ACTIVATE_NODE, ACTIVATE), superlink)
+    assert len(superlink.asked) == 1, "nobody knows the node of this key"
+    again = SuperLink(error(412, 2004), ok(), ok(ACTIVATED))
+    own = ActivateNodeRequest(public_key=OTHER_KEY).SerializeToString()
+    assert (await repair.handle(make_call(Method.ACTIVATE_NODE, own), again)).status == 200
+
+
+#: It ends a field where what is looked at ends, and goes on.
+TOO_LONG = encode_bytes(1, KEY) + encode_bytes(9, bytes(16 * 1024 + 1 - len(encode_bytes(1, KEY)) - 3))
+
+
+@pytest.mark.parametrize("body", [b"", b"\x0a\xff", TOO_LONG + b"\x08\x01"])
+async def test_who_shows_no_key_is_mended_nothing(make_call: MakeCall, repair: Repair, body: bytes) -> None:
+    """Else all of them were one."""
+    for method in (Method.REGISTER_NODE, Method.ACTIVATE_NODE):
+        failure = lost()
+        with pytest.raises(Refusal) as caught:
+            await repair.handle(make_call(method, body), SuperLink(failure))
+        assert caught.value is failure
+        for refused in (error(412, 23), error(412, 2004)):
+            assert await repair.handle(make_call(method, body), SuperLink(refused)) is refused
 
 
 @pytest.mark.parametrize("answer", [error(401, 1), error(412, 23), error(400, 2010)])
