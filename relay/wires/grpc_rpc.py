@@ -161,6 +161,8 @@ class Rpc:
                 lost=lost,
             )
         )
+        # gRPC and the callback hold each other, and this object, until somebody looks for cycles.
+        self.call = self.reply = self.refusal = None
 
     def _give(self) -> None:
         if self._taken:

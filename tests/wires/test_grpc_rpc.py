@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import time
 from contextlib import AsyncExitStack
@@ -14,7 +15,7 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 
-from relay.call import Payload, Reply, Source
+from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Method
 from relay.pipeline import compose
 from relay.policies.redelivery import Redelivery
@@ -27,8 +28,6 @@ from tests.grpc_served import Served, serve_grpc
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from typing import Any
-
-    from relay.call import Call
 
     Serve = Callable[..., Awaitable[Served]]
 
@@ -216,3 +215,23 @@ async def test_the_message_of_a_lost_answer_is_handed_out_with_the_next_pull(ser
     go.set()
     await served.ending()
     assert (await served.node.ask(Method.PULL_MESSAGES, REQUEST)).data == message
+
+
+async def test_a_call_that_is_over_holds_no_message(serve: Serve) -> None:
+    """gRPC's own cycle of a call and its callback may stay until the collector comes, which is seldom."""
+
+    async def answer(call: Call) -> Reply:
+        return reply(b"x" * 100)
+
+    served = await serve(answer)
+    gc.collect()
+    gc.disable()
+    try:
+        for method in (Method.PULL_OBJECT, Method.PULL_MESSAGES):
+            assert (await served.node.ask(method, REQUEST)).code == "OK"
+        await served.ending(2)
+        served.calls.clear()
+        served.ended.clear()
+        assert [found for found in gc.get_objects() if isinstance(found, (Call, Reply))] == []
+    finally:
+        gc.enable()
