@@ -17,14 +17,12 @@ from relay.settings_types import Doc
 if TYPE_CHECKING:
     from relay.settings_tree import Settings
 
-#: What bounds the heads of HTTP, the bytes as they pass, and the connections that we accept ourselves.
+#: What bounds the heads of HTTP, and the connections that we accept ourselves.
 _OF_HTTP = (
     "header_count",
     "header_size",
     "head_size",
     "head_timeout",
-    "min_rate",
-    "rate_window",
     "connections",
     "connections_per_peer",
 )
@@ -67,7 +65,7 @@ def _limits(settings: "Settings") -> Iterator[Found]:
     if all(listener.speaks_grpc for listener in settings.listeners):
         why = "no listener speaks HTTP; gRPC has bounds of its own"
         yield from _unused(limits, ("limits",), _OF_HTTP, why, about)
-    elif not limits.min_rate:
+    if not limits.min_rate:
         yield from _unused(
             limits, ("limits",), ("rate_window",), "limits.min_rate is 0", (("limits", "min_rate"),)
         )
@@ -118,13 +116,9 @@ def _signing(settings: "Settings") -> Iterator[Found]:
 def _upstream(settings: "Settings") -> Iterator[Found]:
     upstream, at = settings.upstream, ("upstream",)
     wire: Key = (*at, "wire")
-    grpc = upstream.wire is Wire.GRPC
-    if grpc:
+    if upstream.wire is Wire.GRPC:
         names = tuple(name for name in _TO_HTTP if name != "shared_state" or not upstream.addresses)
         yield from _unused(upstream, at, names, "upstream.wire is grpc", (wire,))
-        if all(listener.speaks_grpc for listener in settings.listeners):
-            why = "nobody speaks HTTP"
-            yield from _unused(upstream, at, ("idle_timeout",), why, (wire, ("listeners",)))
     if not upstream.standby:
         why = "upstream.standby is empty"
         yield from _unused(upstream, at, ("standby_after",), why, ((*at, "standby"),))

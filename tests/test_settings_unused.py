@@ -20,8 +20,6 @@ HTTP_LIMITS = {
     "header_size": 2048,
     "head_size": 65536,
     "head_timeout": 5,
-    "min_rate": 0,
-    "rate_window": 5,
     "connections": 9,
     "connections_per_peer": 9,
 }
@@ -84,10 +82,6 @@ SIGNING_FREE = {"wires": ["rest_v0"], "auth": {"accept": ["api_key"]}}
             {"upstream": {"wire": "grpc", "keepalive": 1}},
             "upstream.keepalive = 1s: has no effect, because upstream.wire is grpc: leave it out",
         ),
-        (
-            {"upstream": {"wire": "grpc", "idle_timeout": 9}},
-            "upstream.idle_timeout = 9s: has no effect, because nobody speaks HTTP: leave it out",
-        ),
         ({"upstream": {"wire": "grpc", "shared_state": True}}, "upstream.shared_state = true: has no effect"),
     ],
 )
@@ -102,8 +96,7 @@ def test_bounds_of_http_do_nothing_for_grpc_alone(tmp_path: Path) -> None:
     assert [line.partition(" = ")[0] for line in lines] == [f"limits.{name}" for name in HTTP_LIMITS]
     assert all("has no effect, because no listener speaks HTTP; gRPC has bounds" in line for line in lines)
     beside = {"listeners": [*GRPC["listeners"], {"address": ":81", "wires": ["http_v1"]}]}
-    limits = {name: value for name, value in HTTP_LIMITS.items() if name != "min_rate"}
-    assert load_tree(tmp_path, {**beside, "limits": limits}).limits.connections == 9
+    assert load_tree(tmp_path, {**beside, "limits": HTTP_LIMITS}).limits.connections == 9
 
 
 def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) -> None:
@@ -130,7 +123,7 @@ def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) 
         {"upstream": {"standby": [B], "standby_after": 9, "health": {"interval": 9}}},
         {"upstream": {"addresses": [B], "shared_state": True, "health": {"interval": 9}}},
         {"upstream": {"wire": "grpc"}, "limits": {"max_held": "1MiB"}},
-        {"upstream": {"wire": "grpc", "idle_timeout": 9}, "listeners": [{"wires": ["http_v1"]}]},
+        {"upstream": {"wire": "grpc", "idle_timeout": 9}, "limits": {"min_rate": 9, "rate_window": 9}},
         {"upstream": {"keepalive": 1, "resolve_interval": 9, "max_connections": 9, "shared_state": True}},
         # What is switched off may be switched on again.
         {"retry": {"enabled": False, "cap": 9}},
