@@ -49,6 +49,33 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
         end(INVALID, f"{path}: {error}")
 
 
+def added(text: str, line: str, numbered: Callable[[str], list[tuple[int, T]]], entry: T) -> str:
+    """Return a list with a line at its end, which `numbered` reads as `entry`.
+
+    Raises:
+        ListError: it would not hold what it held, and `entry`.
+    """
+    changed = lists.with_line(text, line)
+    return _ensured(changed, numbered, [*(known for _, known in numbered(text)), entry])
+
+
+def removed(text: str, numbers: set[int], numbered: Callable[[str], list[tuple[int, T]]]) -> str:
+    """Return a list without the entries that `numbered` finds on these lines.
+
+    Raises:
+        ListError: it would not hold what it held but for these.
+    """
+    changed = lists.without_lines(text, numbers)
+    return _ensured(changed, numbered, [known for number, known in numbered(text) if number not in numbers])
+
+
+def _ensured(text: str, numbered: Callable[[str], list[tuple[int, T]]], entries: list[T]) -> str:
+    """Return `text` if these are its entries: who asks for a change must get this one or none."""
+    if [known for _, known in numbered(text)] != entries:
+        raise lists.ListError("cannot be changed without harm to other lines: edit it by hand")
+    return text
+
+
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows of the same length, the first of which are the headings."""
     # Names and versions are whatever somebody sent: nothing of them may move a terminal's cursor.

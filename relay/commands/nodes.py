@@ -23,9 +23,18 @@ import typer
 from click.core import ParameterSource
 
 from relay.commands.common import INVALID, UNREACHABLE, Config, read_settings
-from relay.commands.listed import NOT_FOUND, RefusedError, edit, end, print_table, read
+from relay.commands.listed import (
+    NOT_FOUND,
+    RefusedError,
+    added,
+    edit,
+    end,
+    print_table,
+    read,
+    removed,
+)
 from relay.credentials import allowed_keys
-from relay.stores import lists, quarantine_list
+from relay.stores import quarantine_list
 
 if TYPE_CHECKING:
     from relay.settings import Settings
@@ -153,7 +162,7 @@ def allow(
     def add(before: str) -> str:
         if any(known.fingerprint == key.fingerprint for _, known in allowed_keys.numbered(before)):
             raise RefusedError(f"{key.fingerprint} is allowed already")
-        return lists.with_line(before, line)
+        return added(before, line, allowed_keys.numbered, owner)
 
     edit(path, add)
     typer.echo(f"allowed {key.fingerprint} ({owner.name})")
@@ -184,7 +193,7 @@ def disallow(
                 " take node_keys.allow out of the settings to let any key in"
             )
         gone.append(found[0][1])
-        return lists.without_lines(before, {found[0][0]})
+        return removed(before, {found[0][0]}, allowed_keys.numbered)
 
     edit(path, remove)
     typer.echo(f"no longer allowed: {gone[0].fingerprint} ({gone[0].name})")
@@ -219,12 +228,13 @@ def quarantine(
     """Keep a node out without ending it, until it is released."""
     path = _quarantine_file(read_settings(config))
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = _target(who)._replace(since=since, reason=reason)
+    line = quarantine_list.line(_target(who)._replace(since=since, reason=reason))
+    (entry,) = quarantine_list.parse(line).entries
 
     def add(before: str) -> str:
         if any(known[:2] == entry[:2] for _, known in quarantine_list.numbered(before)):
             raise RefusedError(f"{entry.kind} {entry.value} is in quarantine already")
-        return lists.with_line(before, quarantine_list.line(entry))
+        return added(before, line, quarantine_list.numbered, entry)
 
     edit(path, add)
     typer.echo(f"in quarantine: {entry.kind} {entry.value}")
@@ -242,7 +252,7 @@ def release(who: Who, config: Config = None) -> None:
             raise RefusedError(
                 f"{entry.kind} {entry.value} is not in quarantine: see flwr-relay nodes quarantined"
             )
-        return lists.without_lines(before, numbers)
+        return removed(before, numbers, quarantine_list.numbered)
 
     edit(path, remove)
     typer.echo(f"released: {entry.kind} {entry.value}")

@@ -79,8 +79,10 @@ def line(key_type: str, blob: bytes, key: AllowedKey) -> str:
     options += key.labels
     written = ",".join(f"{name}={value}" for name, value in options)
     text = " ".join(filter(None, (written, key_type, b64encode(blob).decode(), key.name)))
-    if _entry(text) != key:
-        raise ValueError("a name has up to 64 characters and no space at its ends, a label is WORD=WORD")
+    if not text.isprintable() or _entry(text) != key:
+        raise ValueError(
+            "a name has up to 64 printable characters and no space at its ends, a label is WORD=WORD"
+        )
     return text
 
 

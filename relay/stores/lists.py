@@ -1,5 +1,8 @@
 """Lists in text files: one entry a line, `#` begins a comment line, empty lines count for nothing.
 
+A line ends with a line feed and with nothing else: what other characters some tools take for its end (a lone
+CR, a form feed, U+0085, U+2028 ...) belong to it, and none of them is written here.
+
 People and configuration management may write them, and the command line does (`edit`): under a lock, as a new
 file that replaces the old one in one step, with its owner and mode. `parse` is what each kind of list builds
 on.
@@ -11,6 +14,7 @@ import fcntl
 import os
 import tempfile
 from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,7 +40,7 @@ def parse(text: str, entry: Callable[[str], T]) -> Iterator[tuple[int, T]]:
     Raises:
         ListError: `entry` raised ValueError for a line, with what would be right.
     """
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
             continue
@@ -69,7 +73,7 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
     Two that edit at once wait for each other. What `change` raises passes, and changes nothing.
 
     Raises:
-        ListError: see `read`.
+        ListError: see `read`; or another program, which takes no lock, has changed it meanwhile.
         OSError: it cannot be read or written.
     """
     with _locked(path.parent):
@@ -91,6 +95,8 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        if read(path) != changed:
+            raise ListError("does not hold what was written: another program changes it, too")
 
 
 def _dress(file: IO[bytes], status: os.stat_result | None) -> None:
@@ -113,11 +119,21 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def with_line(text: str, line: str) -> str:
-    """Return `text` with a line at its end."""
+    """Return `text` with a line at its end.
+
+    Raises:
+        ListError: the line holds what could be taken for its end, or moves a terminal's cursor.
+    """
+    if not line.isprintable():
+        raise ListError("cannot hold control characters and line separators")
     return f"{text}{'' if not text or text.endswith(chr(10)) else chr(10)}{line}\n"
 
 
 def without_lines(text: str, numbers: set[int]) -> str:
-    """Return `text` without the lines of these numbers, which count from 1."""
-    lines = text.splitlines(keepends=True)
-    return "".join(line for number, line in enumerate(lines, 1) if number not in numbers)
+    """Return `text` without the lines of these numbers, which count from 1 as in `parse`."""
+    return "".join(line for number, line in enumerate(_lines(text), 1) if number not in numbers)
+
+
+def _lines(text: str) -> StringIO:
+    """Return the lines with their ends; not `splitlines`, which knows ten more ends of a line."""
+    return StringIO(text, newline="\n")

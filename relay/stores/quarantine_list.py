@@ -23,7 +23,8 @@ KINDS = ("node", "key", "identity")
 
 _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 _MOST_NODES = 1 << 64
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: Control characters, and what Python makes of bytes on a command line that are no UTF-8.
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Entry(NamedTuple):
@@ -77,9 +78,10 @@ def numbered(text: str) -> list[tuple[int, Entry]]:
 
 
 def line(entry: Entry) -> str:
-    """Return the line of an entry; control characters in its reason become spaces."""
+    """Return the line of an entry; what is not printable in its reason becomes spaces."""
     value = quote(entry.value, safe="/:@+ .,=()~").replace(" ", "%20")
-    return " ".join(filter(None, (entry.kind, value, entry.since, _CONTROL.sub(" ", entry.reason).strip())))
+    reason = "".join(character if character.isprintable() else " " for character in entry.reason)
+    return " ".join(filter(None, (entry.kind, value, entry.since, reason.strip())))
 
 
 def target(text: str) -> Entry:
@@ -115,6 +117,6 @@ def _checked(entry: Entry) -> Entry:
         return entry._replace(value=str(int(entry.value)))
     if entry.kind == "key" and not _FINGERPRINT.fullmatch(entry.value):
         raise ValueError("must have a fingerprint such as SHA256:..., as `flwr-relay nodes` shows it")
-    if not entry.value or len(entry.value) > 256 or _CONTROL.search(entry.value):
+    if not entry.value or len(entry.value) > 256 or _UNWRITABLE.search(entry.value):
         raise ValueError("must have a name of 1 to 256 printable characters")
     return entry

@@ -10,6 +10,7 @@ import typer
 from relay.commands import listed
 from relay.commands.common import INVALID, UNREACHABLE
 from relay.commands.listed import NOT_FOUND, RefusedError
+from relay.stores import lists
 from relay.stores.lists import ListError
 
 if TYPE_CHECKING:
@@ -49,6 +50,20 @@ def test_a_list_is_read(tmp_path: Path) -> None:
     assert listed.read(path, words, list[str]()) == [], "an empty list is one as well"
     path.write_text("a b\n")
     assert listed.read(path, words, ["nobody"]) == ["a", "b"]
+
+
+def numbered(text: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line]
+
+
+def test_a_change_that_would_be_another_one_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listed.added("a\n", "b", numbered, "b") == "a\nb\n"
+    assert listed.removed("a\nb\nc\n", {2}, numbered) == "a\nc\n"
+    with pytest.raises(ListError, match="edit it by hand"):
+        listed.added("a\n", "b", numbered, "c")
+    monkeypatch.setattr(lists, "without_lines", lambda text, _: text.removeprefix("a\n"))
+    with pytest.raises(ListError, match="edit it by hand"):
+        listed.removed("a\nb\nc\n", {2}, numbered)
 
 
 def test_a_list_that_cannot_be_read_ends_the_command(

@@ -193,6 +193,35 @@ def test_nodes_go_into_quarantine_and_out_again(shell: Shell) -> None:
     assert [*quarantine_list.parse(shell.quarantine.read_text()).keys] == [KEY]
 
 
+SEPARATORS = ["\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_who_is_named_leaves_whatever_ends_a_line_elsewhere(shell: Shell, separator: str) -> None:
+    shell.quarantine.write_bytes(f"node 1 a{separator}b\nnode 2\nnode 3\n".encode())
+    assert shell("release", "2") == "released: node 2\n"
+    assert shell.quarantine.read_bytes() == f"node 1 a{separator}b\nnode 3\n".encode()
+    comment = f"# from{separator}the north\n"
+    shell.keys.write_bytes(f"{comment}{NODE.ssh} a\n{OTHER.ssh} b\n".encode())
+    shell("disallow", "b")
+    assert shell.code == 0
+    assert shell.keys.read_bytes() == f"{comment}{NODE.ssh} a\n".encode()
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_nothing_that_ends_a_line_is_written(shell: Shell, separator: str) -> None:
+    shell("quarantine", "444", "--reason", f"a{separator}b")
+    assert quarantine_list.parse(shell.quarantine.read_bytes().decode()).nodes[444].reason == "a b"
+    said = shell("allow", shell.file("a.pub", NODE.ssh), "--name", f"a{separator}b")
+    assert "up to 64 printable characters" in said
+    assert shell.code == 2
+    shell("allow", shell.file("a.pub", f"{NODE.ssh} a{separator}b"))
+    assert shell.code == 2
+    shell("allow", shell.file("a.pub", NODE.ssh), "--label", f"a=b{separator}c")
+    assert shell.code == 2
+    assert not shell.keys.exists()
+
+
 def test_who_is_there_already_or_is_not_is_said_to_be(shell: Shell) -> None:
     shell("quarantine", "17")
     assert "is in quarantine already" in shell("quarantine", "node:017")

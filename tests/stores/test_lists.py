@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relay.stores import lists
 from relay.stores.lists import ListError, edit, parse, read, with_line, without_lines
@@ -31,6 +34,51 @@ def test_a_line_is_added_and_taken_away_and_the_others_stay() -> None:
     assert with_line("# c\na", "b") == "# c\na\nb\n"
     assert with_line("a\n", "b") == "a\nb\n"
     assert without_lines("# c\na\nb\n\nd", {2, 4}) == "# c\nb\nd"
+
+
+#: All that some tool takes for the end of a line, but for the line feed.
+SEPARATORS = ["\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+@given(
+    lines=st.lists(st.text(st.sampled_from(["1", "#", " ", *SEPARATORS]), max_size=6), max_size=6),
+    ended=st.booleans(),
+    data=st.data(),
+)
+def test_lines_are_taken_away_by_the_numbers_that_they_are_read_with(
+    lines: list[str], ended: bool, data: st.DataObject
+) -> None:
+    text = "\n".join(lines) + ("\n" if ended else "")
+    entries = list(parse(text, str))
+    gone = data.draw(st.sets(st.sampled_from([number for number, _ in entries]))) if entries else set()
+    left = without_lines(text, gone)
+    assert [entry for _, entry in parse(left, str)] == [
+        entry for number, entry in entries if number not in gone
+    ]
+    longer = with_line(text, "17")
+    assert [entry for _, entry in parse(longer, str)] == [*(entry for _, entry in entries), "17"]
+    assert without_lines(longer, {longer.count("\n")}).removesuffix("\n") == text.removesuffix("\n")
+
+
+@pytest.mark.parametrize("separator", ["\n", *SEPARATORS, "\x00", "\x1b", "\udcff"])
+def test_no_line_is_written_that_somebody_could_take_for_two(separator: str) -> None:
+    with pytest.raises(ListError, match="cannot hold control characters"):
+        with_line("a\n", f"b{separator}c")
+
+
+def test_a_program_that_takes_no_lock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "list"
+    replace = type(path).replace
+
+    def overtaken(source: Path, target: Path) -> Path:
+        replaced = replace(source, target)
+        target.write_text("7\n")
+        return replaced
+
+    monkeypatch.setattr(type(path), "replace", overtaken)
+    with pytest.raises(ListError, match="another program changes it"):
+        edit(path, lambda text: with_line(text, "1"))
+    assert path.read_text() == "7\n"
 
 
 def test_a_list_that_is_not_there_is_made(tmp_path: Path) -> None:
@@ -93,3 +141,19 @@ def test_what_is_no_text_or_too_long_is_refused(tmp_path: Path, monkeypatch: pyt
     path.write_bytes(b"1" * ((1 << 20) + 1))
     with pytest.raises(ListError, match="is longer than 1 MiB"):
         read(path)
+
+
+def test_a_list_that_cannot_be_written_whole_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list"
+    path.write_text("1\n")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        edit(path, lambda text: with_line(text, "2"))
+    assert path.read_text() == "1\n"
+    assert [*tmp_path.iterdir()] == [path]

@@ -79,7 +79,7 @@ def test_a_target_is_known_by_its_form_or_by_its_kind(text: str, entry: Entry) -
     assert target(text) == entry
 
 
-@pytest.mark.parametrize("text", ["", "node:x", "key:17", "identity:", "\x07"])
+@pytest.mark.parametrize("text", ["", "node:x", "key:17", "identity:", "\x07", "site-\udcff"])
 def test_a_target_that_is_nobody_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must have"):
         target(text)
@@ -99,6 +99,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 )
 def test_a_line_reads_as_it_was_written(who: Entry, since: str, reason: str) -> None:
     text = line(who._replace(since=since, reason=reason))
+    assert text.isprintable(), "nothing in it ends a line for anybody"
     (read,) = parse(f"# x\n{text}\n").entries
     assert read[:2] == who[:2]
     if since:
