@@ -459,6 +459,14 @@ async def test_a_reply_ends_it(relay: Relay, counted: Counted, error: str) -> No
     assert counted() == {"kept": 1, "redelivered": 1, "confirmed": 1}
 
 
+async def test_a_reply_to_nobody_knows_what_ends_nothing(relay: Relay) -> None:
+    await relay.pull(fresh())
+    broken = PushMessagesRequest(node=node_of(NODE)).SerializeToString() + b"\x12\x04\x0a\x02\x2a\x05"
+    call = relay.make_call(Method.PUSH_MESSAGES, broken)
+    assert (await relay.policy.handle(call, relay.superlink)).status == 200
+    assert await relay.pull() == BYTES
+
+
 @pytest.mark.parametrize(
     ("method", "request_type"),
     [
@@ -706,7 +714,16 @@ async def test_an_answer_that_breaks_off_is_a_refusal(relay: Relay) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"\x0a\x02\x08\x05", b"\x12\x00", b"\x12\x02\x0a\x00", b"\xff" * 9, BYTES[:100]], ids=repr
+    "data",
+    [
+        b"\x0a\x02\x08\x05",
+        b"\x12\x00",
+        b"\x12\x02\x0a\x00",
+        b"\x12\x04\x0a\x02\x0a\x05",
+        b"\xff" * 9,
+        BYTES[:100],
+    ],
+    ids=repr,
 )
 async def test_what_carries_no_message_passes_by(relay: Relay, counted: Counted, data: bytes) -> None:
     await relay.pull(fresh())

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import datetime as dt
 import email.utils
+import errno
 import os
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +42,6 @@ from tests.test_payload import arriving
 from tests.upstreams.conftest import body
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from google.protobuf.message import Message
 
 MakeCall = Callable[..., Call]
@@ -397,6 +397,23 @@ async def test_a_node_that_has_unregistered_is_forgotten(relay: Relay) -> None:
     assert not (relay.directory / "nodes" / str(node_id)).exists()
     refusal = await relay.refused(Method.PULL_MESSAGES, request(Method.PULL_MESSAGES, node_id))
     assert refusal.reason is Reason.UNAUTHENTICATED
+
+
+async def test_a_node_that_cannot_be_forgotten_has_unregistered_nevertheless(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to come back, it would unregister a second time, and be refused."""
+    node_id = await relay.join()
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with capture_logs() as logs:
+        reply = await relay.ask(Method.UNREGISTER_NODE, request(Method.UNREGISTER_NODE, node_id))
+    assert reply.status == 200
+    assert logs[-1]["event"] == "the key of an unregistered node stays"
+    assert logs[-1]["node_id"] == node_id
 
 
 async def test_a_node_whose_file_was_removed_is_refused_within_a_minute(relay: Relay) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -83,10 +84,51 @@ def test_a_program_that_takes_no_lock_is_noticed(tmp_path: Path, monkeypatch: py
 
 def test_a_list_that_is_not_there_is_made(tmp_path: Path) -> None:
     path = tmp_path / "list"
-    edit(path, lambda text: with_line(text, "1"))
+    before = os.umask(0)
+    try:
+        edit(path, lambda text: with_line(text, "1"))
+    finally:
+        os.umask(before)
     assert path.read_text() == "1\n"
-    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.stat().st_mode & 0o777 == 0o600
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_a_first_list_belongs_to_the_owner_of_its_directory(tmp_path: Path) -> None:
+    os.chown(tmp_path, 12345, 54321)
+    edit(tmp_path / "list", lambda text: with_line(text, "1"))
+    status = (tmp_path / "list").stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 54321, 0o600)
+
+
+def test_another_group_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "list"
+    path.write_text("1\n")
+    path.chmod(0o660)
+    if os.geteuid() == 0:
+        os.chown(path, -1, 54321)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    edit(path, lambda text: with_line(text, "2"))
+    if os.geteuid() == 0:
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one(tmp_path: Path, there: bool) -> None:
+    path, target = tmp_path / "list", tmp_path / "elsewhere" / "real"
+    target.parent.mkdir()
+    path.symlink_to(target)
+    if there:
+        target.write_text("1\n")
+    edit(path, lambda text: with_line(text, "2"))
+    assert path.is_symlink()
+    assert target.read_text() == ("1\n2\n" if there else "2\n")
+    assert [*target.parent.iterdir()] == [target]
 
 
 def test_mode_and_owner_stay_and_the_file_is_replaced_in_one_step(tmp_path: Path) -> None:

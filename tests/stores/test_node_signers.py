@@ -294,6 +294,36 @@ def test_a_damaged_secret_is_refused_and_not_repeated(directory: Path, text: str
         NodeSigners(directory, MONTH).derive(NODE)
 
 
+def test_what_cannot_be_read_or_written_is_not_taken_for_an_unknown_node(
+    signers: NodeSigners, directory: Path
+) -> None:
+    """Else the node would be told that it is unknown, and exit."""
+    signers.put(7, NODE)
+    nodes = directory / "nodes"
+    nodes.rename(directory / "aside")
+    nodes.write_text("no directory")
+    uses: list[Callable[[], object]] = [
+        lambda: signers.find(7),
+        lambda: signers.put(8, NODE),
+        lambda: signers.remove(7),
+    ]
+    for use in uses:
+        with pytest.raises(StoreError, match="Not a directory"):
+            use()
+    nodes.unlink()
+    (directory / "aside").rename(nodes)
+    assert signers.find(7) == NODE
+    assert [path.name for path in nodes.iterdir()] == ["7"], "no half file stays"
+
+
+def test_a_secret_that_cannot_be_read_is_refused(directory: Path) -> None:
+    (directory / "secret").mkdir(parents=True)
+    with pytest.raises(StoreError, match="Is a directory"):
+        read_secret(directory / "secret")
+    with pytest.raises(StoreError, match="is gone"):
+        read_secret(directory / "nowhere")
+
+
 def test_a_directory_that_cannot_be_made_is_tried_again(tmp_path: Path) -> None:
     signers = NodeSigners(tmp_path / "missing" / "signing", MONTH)
     with pytest.raises(StoreError, match="No such file"):

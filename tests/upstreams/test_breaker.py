@@ -315,6 +315,26 @@ async def test_a_clock_that_is_set_changes_nothing(
     assert await worker.ask(call) == "ok"
 
 
+async def test_a_probe_whose_turn_another_worker_had_meanwhile_is_none(
+    worker: Worker, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await worker.fail(call)
+    await until_due(worker)
+    asked, claim = worker.upstream.calls, worker.table.claim
+
+    def late(name: str) -> bool:
+        """Get the claim when a probe of another worker has just failed."""
+        worker.table.change(ADDRESS, lambda state: state._replace(breaker=OPEN, turned=time.monotonic()))
+        return claim(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.table, "claim", late)
+        assert await worker.ask(call) == "breaker_open"
+    assert (worker.upstream.calls, worker.state) == (asked, OPEN)
+    await until_due(worker)
+    assert await worker.ask(call) == "ok", "the claim was given back"
+
+
 # -- several workers ------------------------------------------------------------------------------------
 
 

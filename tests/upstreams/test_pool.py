@@ -587,6 +587,28 @@ async def test_calls_cancelled_at_random_leave_the_books_balanced(
     serving.cancel()
 
 
+async def test_after_a_renewal_no_connection_of_before_is_lent(
+    make_pool: MakePool, upstream: Listener
+) -> None:
+    """It leads to where the SuperLink was, or shows a certificate that has ended."""
+    pool = make_pool()
+    serving = asyncio.ensure_future(upstream.serve(response(b"idle")))
+    assert await ask(pool) == b"idle"
+    await serving
+    (idle,) = upstream.peers
+    pool.renew()
+    assert await idle.rest() == (b"", "closed")
+    call = asyncio.ensure_future(ask(pool))
+    lent = await upstream.accept()
+    await lent.message()
+    pool.renew()
+    lent.send(response(b"lent"))
+    assert await call == b"lent", "a call that is under way ends as it would have"
+    assert await lent.rest() == (b"", "closed")
+    assert len(upstream.peers) == 2
+    await until(lambda: opened(pool) == 0)
+
+
 # -- closing --------------------------------------------------------------------------------------------
 
 

@@ -295,6 +295,23 @@ async def test_a_dropped_call_leaves_nothing_behind(serve: Serve) -> None:
     await until(lambda: asyncio.all_tasks() <= before, patience=1.0)
 
 
+async def test_a_node_that_asks_on_and_takes_no_answer_is_given_up(serve: Serve) -> None:
+    """Its answers would fill the memory."""
+
+    async def handler(call: Call) -> Reply:
+        return Reply(Payload(b"x" * 60_000), Source.UPSTREAM)
+
+    served = await serve(handler, idle_timeout=0.3)
+    node = await served.node(receive_buffer=4096, segment=500)
+    node.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    node.send(request() * 100)
+    await until(lambda: served.calls)
+    await until(served.gone)
+    assert len(served.calls) < 20
+    assert not served.server.connections
+    assert not served.front.busy
+
+
 async def test_a_bug_in_the_chain_is_an_internal_refusal_and_is_logged(serve: Serve) -> None:
     async def handler(call: Call) -> Reply:
         raise KeyError("secret")

@@ -468,6 +468,25 @@ async def test_what_is_no_sound_http_is_closed_without_an_answer_and_counted_onc
     assert not caplog.records
 
 
+async def test_a_bug_of_the_front_costs_its_connection_and_no_other(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve()
+
+    async def broken(_: object) -> bool:
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(served.front, "handle", broken)
+        node = await served.node()
+        node.send(OK)
+        assert (await node.rest())[0] == b""
+    assert [entry["event"] for entry in logs] == ["connection failed"]
+    await until(lambda: not served.server.connections)
+    assert not served.front.busy
+    assert await served.works()
+
+
 @pytest.mark.parametrize("name", ["text", "length and chunked", "nul in value", "giant header"])
 async def test_garbage_behind_a_good_call_does_not_harm_it(serve: Serve, name: str) -> None:
     go = asyncio.Event()
