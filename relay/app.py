@@ -120,8 +120,7 @@ def build(
     """
     held = Quota(settings.limits.max_held)
     tls = _tls(settings, table)
-    context = tls.upstream.context if tls.upstream is not None else None
-    pool = superlink(settings, upstreams or UpstreamTable(), context)
+    pool = superlink(settings, upstreams or UpstreamTable(), tls.upstream)
     counting = Metrics()
     keys = admission.key_table(settings.keys)
     node_keys = admission.node_keys(settings.node_keys)
@@ -352,9 +351,7 @@ def _tls(settings: Settings, table: HostTable) -> Tls:
         ListenerTls(str(listener.address), listener.tls, counting) if listener.tls is not None else None
         for listener in settings.listeners
     ]
-    # gRPC reads its files by itself, when a worker starts.
-    watched = settings.upstream.url.tls and settings.upstream.wire is not Wire.GRPC
-    return Tls(listeners, UpstreamTls(settings.upstream) if watched else None, table)
+    return Tls(listeners, UpstreamTls(settings.upstream) if settings.upstream.url.tls else None, table)
 
 
 def _certificate_header(listener: Listener) -> bytes:

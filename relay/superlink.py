@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from relay.pipeline import Handler
     from relay.settings import BaseUrl, Settings, Upstream
     from relay.stores.upstreams import UpstreamTable
+    from relay.tls_files import UpstreamTls
 
 UPSTREAMS = {Wire.HTTP_V1: http_v1.upstream, Wire.REST_V0: rest_v0.upstream}
 QUESTIONS = {Wire.HTTP_V1: http_v1.QUESTION, Wire.REST_V0: rest_v0.QUESTION}
@@ -31,17 +32,17 @@ def urls(section: Upstream) -> tuple[BaseUrl, ...]:
     return (section.url, *section.addresses, *section.standby)
 
 
-def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | None) -> Balance:
+def superlink(settings: Settings, table: UpstreamTable, tls: UpstreamTls | None) -> Balance:
     """Make the way to the SuperLink. Call it inside the running event loop.
 
     Args:
         settings: the whole tree.
         table: what the workers of the host share about addresses.
-        tls: for https; gRPC makes its own of the same files.
+        tls: its files, for https.
     """
     section = settings.upstream
     if section.wire is Wire.GRPC:
-        return _over_grpc(settings, table)
+        return _over_grpc(settings, table, tls)
     balance: Balance
 
     def reconsider() -> None:
@@ -50,7 +51,7 @@ def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | No
     several = len(urls(section)) > 1
     made = []
     for url in urls(section):
-        pool = _pool(section, url, tls)
+        pool = _pool(section, url, tls.context if tls is not None else None)
         if is_name(url.host):
             pool.resolver = Resolver(
                 url.host,
@@ -80,7 +81,7 @@ def superlink(settings: Settings, table: UpstreamTable, tls: ssl.SSLContext | No
     return balance
 
 
-def _over_grpc(settings: Settings, table: UpstreamTable) -> Balance:
+def _over_grpc(settings: Settings, table: UpstreamTable, tls: UpstreamTls | None) -> Balance:
     """The same for a SuperLink that speaks gRPC, which has one address, and looks names up by itself."""
     from relay.upstreams.channels import Channels, Secured  # noqa: PLC0415 - imported where it is spoken
     from relay.upstreams.grpc_fleet import GrpcUpstream  # noqa: PLC0415
@@ -89,10 +90,13 @@ def _over_grpc(settings: Settings, table: UpstreamTable) -> Balance:
     channels = Channels(
         section.url.host,
         section.url.port,
-        Secured.by(section.ca_file) if section.url.tls else None,
+        Secured(tls.authorities) if tls is not None else None,
         connect_timeout=section.connect_timeout,
         max_message=settings.limits.max_body,
     )
+    if tls is not None:
+        files = tls
+        files.on_taken = lambda: channels.take_up(Secured(files.authorities))
     upstream = GrpcUpstream(
         channels,
         Timeouts(section.response_timeout, section.heartbeat_timeout),

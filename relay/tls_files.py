@@ -112,6 +112,7 @@ class TlsFiles(ABC):
         name: the address of the listener, or `upstream`.
         context: to be given to the event loop, for good.
         ends: of everything in it that ends.
+        on_taken: called when other files are in force.
     """
 
     def __init__(self, name: str, protocol: int, paths: Sequence[Path | None]) -> None:
@@ -119,6 +120,7 @@ class TlsFiles(ABC):
         self.name = name
         self.context = CurrentContext(protocol)
         self.ends: tuple[End, ...] = ()
+        self.on_taken: Callable[[], None] | None = None
         self._paths = [path for path in paths if path is not None]
         self._fault: str | None = None
         self._tried = time.monotonic()
@@ -150,6 +152,8 @@ class TlsFiles(ABC):
         if self._fault is None:
             self._in_force = content
             log.info("TLS files taken up", where=self.name, ends={end.file: _show(end) for end in self.ends})
+            if self.on_taken is not None:
+                self.on_taken()
             return "taken"
         if again and self._fault == before:
             return None
@@ -303,11 +307,16 @@ def _chooser(pairs: Sequence[_Loaded]) -> Callable[[ssl.SSLObject, str | None, s
 
 
 class UpstreamTls(TlsFiles):
-    """The TLS of the connections to an https SuperLink."""
+    """The TLS of the connections to an https SuperLink.
+
+    Attributes:
+        authorities: who is believed, in PEM; None for the system's. For gRPC, which takes no context.
+    """
 
     def __init__(self, section: UpstreamSection) -> None:
         """Read the files of `section`."""
         self._section = section
+        self.authorities: bytes | None = None
         super().__init__(
             "upstream", ssl.PROTOCOL_TLS_CLIENT, [section.ca_file, section.certificate, section.key]
         )
@@ -316,6 +325,7 @@ class UpstreamTls(TlsFiles):
     def _take(self) -> None:
         section = self._section
         context = client_context(section.ca_file, section.certificate, section.key)
+        read = section.ca_file.read_bytes() if section.ca_file is not None else None
         ends = []
         if section.ca_file is not None:
             authorities = _authorities(section.ca_file)
@@ -323,7 +333,7 @@ class UpstreamTls(TlsFiles):
                 ends.append(End("ca_file", certificates.authorities_end(authorities, time.time())))
         if section.certificate is not None:
             ends.append(End("certificate", certificates.chain_ends(certificates.load(section.certificate))))
-        self.ends = tuple(ends)
+        self.ends, self.authorities = tuple(ends), read
         self.context.current = context
 
 

@@ -7,16 +7,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from relay.call import Wire
+from relay.fleet import Method
 from relay.policies.shed import Shed
+from relay.refusal import Refusal
 from relay.settings import load
 from relay.stores.upstreams import OPEN, UpstreamTable
 from relay.superlink import superlink
+from relay.tls_files import UpstreamTls
 from relay.upstreams.breaker import Breaker
 from relay.upstreams.http import HttpUpstream
 from relay.upstreams.pool import Pool
+from relay.wires.grpc_tls import server_credentials
+from tests.certificates import make_pair
+from tests.grpc_ends import GrpcSuperLink
 from tests.sockets import Listener, response, until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from relay.call import Call
     from relay.settings import Settings
     from relay.upstreams.balance import Balance
 
@@ -175,3 +186,28 @@ def test_the_mode_of_shedding_is_the_limit_that_it_has(mode: str, first: int | N
     policy = _shed(settings(SHED__MODE=mode).shed)
     assert isinstance(policy, Shed)
     assert (policy._limit.value if policy._limit is not None else None) == first
+
+
+async def test_a_grpc_superlink_is_checked_by_the_authorities_that_the_file_holds_now(
+    tmp_path: Path, make_call: Callable[..., Call]
+) -> None:
+    certificate, key = make_pair(tmp_path)
+    other, _ = make_pair(tmp_path, "other")
+    authorities = tmp_path / "ca.pem"
+    authorities.write_bytes(other.read_bytes())
+    async with GrpcSuperLink(credentials=server_credentials([(certificate, key)])) as asked:
+        chosen = settings(
+            UPSTREAM__URL=f"https://localhost:{asked.port}",
+            UPSTREAM__WIRE="grpc",
+            UPSTREAM__CA_FILE=str(authorities),
+            BREAKER__ENABLED="false",
+        )
+        files = UpstreamTls(chosen.upstream)
+        balance = superlink(chosen, UpstreamTable(), files)
+        with pytest.raises(Refusal):
+            await balance.handler(make_call(Method.PULL_MESSAGES, b"x", wire=Wire.GRPC))
+        authorities.write_bytes(certificate.read_bytes())
+        assert files.tick() == "taken"
+        reply = await balance.handler(make_call(Method.PULL_MESSAGES, b"x", wire=Wire.GRPC))
+        assert reply.status == 200
+        await balance.close()

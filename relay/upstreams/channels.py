@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from typing import TYPE_CHECKING
 
 import grpc
@@ -15,7 +16,6 @@ from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
     from typing import Any
 
 #: A channel is one connection: with a few of them no long object holds all other calls up.
@@ -32,17 +32,15 @@ _MOST_BACKOFF_MS = 1000
 _PING_MS = 330_000
 _PING_TIMEOUT_MS = 20_000
 
+#: Seconds for the calls of channels whose place others have taken; no call may take longer.
+_LAST_CALLS = 180.0
+
 
 @dataclass(frozen=True, slots=True)
 class Secured:
     """How a SuperLink is checked: `ca` holds the PEM certificates of its authorities, None the system's."""
 
     ca: bytes | None = None
-
-    @classmethod
-    def by(cls, ca_file: Path | None) -> Secured:
-        """Read `ca_file`, if there is one. Raises OSError."""
-        return cls(ca_file.read_bytes() if ca_file else None)
 
 
 class Channels:
@@ -75,8 +73,10 @@ class Channels:
         self.name = f"{host}:{port}"
         self.failure: str | None = None
         self._connect_timeout = connect_timeout
-        target = f"dns:///[{host}]:{port}" if ":" in host else f"dns:///{host}:{port}"
-        options = [
+        self._count = count
+        self._leaving: dict[asyncio.Task[None], list[aio.Channel]] = {}
+        self._target = f"dns:///[{host}]:{port}" if ":" in host else f"dns:///{host}:{port}"
+        self._options = [
             ("grpc.max_receive_message_length", min(max_message, MOST_BYTES)),
             ("grpc.max_send_message_length", MOST_BYTES),
             # Without it all channels of a process to one address are one connection.
@@ -90,12 +90,30 @@ class Channels:
             ("grpc.keepalive_time_ms", _PING_MS),
             ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
         ]
+        self._channels: list[aio.Channel] = []
+        self._turns: Mapping[Method, Iterator[tuple[aio.Channel, Any]]] = {}
+        self._open(tls)
+
+    def take_up(self, tls: Secured) -> None:
+        """Check the SuperLink by others from the next call on; calls that are under way come to their end."""
+        left = self._channels
+        self._open(tls)
+        task = asyncio.get_running_loop().create_task(self._see_out(left))
+        self._leaving[task] = left
+        task.add_done_callback(self._leaving.pop)
+
+    @staticmethod
+    async def _see_out(channels: list[aio.Channel]) -> None:
+        await asyncio.gather(*(channel.close(_LAST_CALLS) for channel in channels))
+
+    def _open(self, tls: Secured | None) -> None:
+        target, options = self._target, self._options
         if tls is None:
-            self._channels = [aio.insecure_channel(target, options) for _ in range(count)]
+            self._channels = [aio.insecure_channel(target, options) for _ in range(self._count)]
         else:
             credentials = grpc.ssl_channel_credentials(tls.ca)
-            self._channels = [aio.secure_channel(target, credentials, options) for _ in range(count)]
-        self._turns: Mapping[Method, Iterator[tuple[aio.Channel, Any]]] = {
+            self._channels = [aio.secure_channel(target, credentials, options) for _ in range(self._count)]
+        self._turns = {
             method: cycle([(channel, channel.unary_unary(method.grpc)) for channel in self._channels])
             for method in Method
         }
@@ -131,7 +149,9 @@ class Channels:
 
     async def close(self) -> None:
         """Close all channels; calls that are under way are cut."""
-        for channel in self._channels:
+        for task in list(self._leaving):
+            task.cancel()
+        for channel in (*self._channels, *chain.from_iterable(self._leaving.values())):
             await channel.close(None)
 
 

@@ -456,13 +456,35 @@ async def test_tls_checks_the_superlink(
     certificate, key = make_pair(tmp_path)
     other, _ = make_pair(tmp_path, "other")
     async with GrpcSuperLink(credentials=server_credentials([(certificate, key)])) as superlink:
-        known = make_upstream(superlink.port, tls=Secured.by(certificate), host="localhost")
+        known = make_upstream(superlink.port, tls=Secured(certificate.read_bytes()), host="localhost")
         assert (await known(make_call(Method.PULL_MESSAGES, b"x"))).status == 200
-        unknown = make_upstream(superlink.port, tls=Secured.by(other), host="localhost")
+        unknown = make_upstream(superlink.port, tls=Secured(other.read_bytes()), host="localhost")
         refusal = await refused(unknown, make_call(Method.PULL_MESSAGES, b"x"))
         assert (refusal.reason, refusal.sent) == (Reason.UPSTREAM_DOWN, False)
 
 
-def test_authorities_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
-        Secured.by(tmp_path / "nowhere.pem")
+async def test_other_authorities_are_in_force_with_the_next_call_and_cut_none(
+    make_upstream: MakeUpstream, make_call: MakeCall, tmp_path: Path
+) -> None:
+    certificate, key = make_pair(tmp_path)
+    other, _ = make_pair(tmp_path, "other")
+    came, go = asyncio.Event(), asyncio.Event()
+
+    async def answer(asked: Asked, _: aio.ServicerContext[bytes, bytes]) -> bytes:
+        if asked.method is Method.GET_RUN:
+            came.set()
+            await go.wait()
+        return ANSWER
+
+    async with GrpcSuperLink(credentials=server_credentials([(certificate, key)])) as superlink:
+        superlink.answer = answer
+        known = Secured(certificate.read_bytes())
+        upstream = make_upstream(superlink.port, tls=known, host="localhost")
+        under_way = asyncio.ensure_future(upstream(make_call(Method.GET_RUN, b"x")))
+        await came.wait()
+        upstream.pool.take_up(Secured(other.read_bytes()))
+        assert (await refused(upstream, make_call(Method.PULL_MESSAGES, b"x"))).reason is Reason.UPSTREAM_DOWN
+        upstream.pool.take_up(known)
+        assert (await upstream(make_call(Method.PULL_MESSAGES, b"x"))).status == 200
+        go.set()
+        assert (await under_way).status == 200
