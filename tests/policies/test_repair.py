@@ -153,6 +153,16 @@ async def test_the_nodes_own_repeat_is_recognised_too(make_call: MakeCall, repai
     assert reply.status == 200
 
 
+async def test_it_is_recognised_before_a_rest_superlink_at_once(
+    make_call: MakeCall, before_rest: Repair
+) -> None:
+    with pytest.raises(Refusal):
+        await before_rest.handle(make_call(Method.REGISTER_NODE, REGISTER), SuperLink(lost(), lost()))
+    superlink = SuperLink(failed())
+    reply = await before_rest.handle(make_call(Method.REGISTER_NODE, REGISTER), superlink)
+    assert (reply.status, len(superlink.asked)) == (200, 1)
+
+
 @pytest.mark.parametrize("answer", [error(412, 23), error(412, 2004), error(401, 1)])
 async def test_a_key_in_use_without_an_attempt_of_ours_stays_a_refusal(
     make_call: MakeCall, repair: Repair, answer: Reply
@@ -248,6 +258,23 @@ async def test_not_stored_stays_so_when_the_object_is_not_there(
     assert not stored(
         await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), SuperLink(ok(NOT_STORED), answer))
     )
+
+
+async def test_not_stored_stays_so_when_the_object_breaks_off(make_call: MakeCall, repair: Repair) -> None:
+    class Broken:
+        closed = False
+
+        async def read(self) -> bytes:
+            raise Refusal(Reason.UPSTREAM_BAD_ANSWER, "broke off")
+
+        def close(self) -> None:
+            self.closed = True
+
+    body = Broken()
+    asked = Reply(Payload(body=body, size=1 << 20), Source.UPSTREAM)
+    superlink = SuperLink(ok(NOT_STORED), asked)
+    assert not stored(await repair.handle(make_call(Method.PUSH_OBJECT, PUSH), superlink))
+    assert body.closed, "its connection is not left to nobody"
 
 
 async def test_a_lost_answer_to_a_push_is_told_from_what_the_superlink_holds(
@@ -525,7 +552,10 @@ async def test_who_shows_no_key_is_mended_nothing(make_call: MakeCall, repair: R
             assert await repair.handle(make_call(method, body), SuperLink(refused)) is refused
 
 
-@pytest.mark.parametrize("answer", [error(401, 1), error(412, 23), error(400, 2010)])
+HTML = Reply(Payload(b"<html>412"), Source.UPSTREAM, status=412)
+
+
+@pytest.mark.parametrize("answer", [error(401, 1), error(412, 23), error(400, 2010), HTML])
 async def test_another_no_to_an_activation_is_passed_on(
     make_call: MakeCall, repair: Repair, answer: Reply
 ) -> None:
