@@ -162,8 +162,8 @@ class Upstream(_Section):
     """How long opening a connection to the SuperLink may take, the TLS handshake included."""
 
     response_timeout: Annotated[Seconds, below(30, "an HTTP v1 node gives up on a call after 30 s")] = 25.0
-    """How long the SuperLink may take to begin its answer once it has the call. Below 30 s, when a node gives
-    up."""
+    """How long the SuperLink may take to answer once it has the call; to begin its answer, if that is an
+    object or longer than 64 KiB. Below 30 s, when a node gives up."""
 
     heartbeat_timeout: Annotated[Seconds, below(5, "a node gives up on a heartbeat after 5 s")] = 4.0
     """How long the SuperLink may take to answer a heartbeat. Below 5 s, when a node gives up on one."""

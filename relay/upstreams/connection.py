@@ -6,23 +6,25 @@ Rules:
     2. Bytes that nobody asked for, a response before its request was complete, or anything that is not
        HTTP end the connection, never the worker.
     3. Reading pauses when the node is slower than the upstream, writing waits when the upstream is
-       slower than the node; neither holds more than HIGH_WATER bytes.
+       slower than the node; neither holds more than HIGH_WATER bytes, but for what is awaited whole.
     4. Whoever waits here is woken by data, by the loss of the connection, or by its timer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, cast
 
 import httptools
 
 from relay.refusal import Reason, Refusal
+from relay.upstreams.request_body import AT_ONCE, pieces
 from relay.upstreams.response import Response
 from relay.upstreams.timer import Timer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from relay.call import Payload
 
@@ -31,8 +33,6 @@ LOW_WATER = 256 * 1024
 #: The most that an upstream may send before the head of its answer is complete.
 MAX_HEAD = 64 * 1024
 _LAST_CHUNK = b"0\r\n\r\n"
-#: A body that is at hand and longer than this is written in pieces, so that the transport copies none of it.
-_AT_ONCE = 256 * 1024
 
 
 class Connection(Response):
@@ -44,9 +44,11 @@ class Connection(Response):
     """
 
     __slots__ = (
+        "_answer_by",
         "_drained",
         "_error",
         "_head",
+        "_high_water",
         "_idle_timeout",
         "_loop",
         "_on_free",
@@ -94,6 +96,8 @@ class Connection(Response):
         self._error: Refusal | None = None
         self._paused_reading = False
         self._paused_writing = False
+        self._high_water = HIGH_WATER
+        self._answer_by = math.inf
         self.idle_since = 0.0
         self._request_done = self._released = True
 
@@ -120,7 +124,8 @@ class Connection(Response):
         Args:
             head: request line and headers with the framing that fits `payload`, up to the empty line.
             payload: the body, sent while it comes in. Chunked if it does not know its size.
-            timeout: seconds from the last byte of the request to the head of the response.
+            timeout: seconds from the last byte of the request to the head of the response, and to the end
+                of one that is awaited whole.
 
         Raises:
             Refusal: UPSTREAM_DOWN if the connection broke, UPSTREAM_TIMEOUT, UPSTREAM_BAD_ANSWER if
@@ -133,17 +138,21 @@ class Connection(Response):
         self._expect()
         self._request_done = self._released = False
         self._head = self._loop.create_future()
+        self._answer_by = math.inf
         sender: asyncio.Task[None] | None = None
         try:
             data = payload.data
-            if data is not None and len(data) <= _AT_ONCE:
+            if data is not None and len(data) <= AT_ONCE:
                 transport.write(head + data if data else head)
                 self._request_done = True
+                self._answer_by = self._loop.time() + timeout
                 self._time(self._head, "no answer", timeout)
             else:
                 transport.write(head)
                 sender = self._loop.create_task(self._send(payload, self._head, timeout))
             await self._head
+            if self._answer_by == math.inf:  # it is here before the request was
+                self._answer_by = self._loop.time() + timeout
         except BaseException:
             self.abort()
             raise
@@ -159,7 +168,7 @@ class Connection(Response):
         try:
             chunked = payload.size is None
             sent = 0
-            async for piece in _pieces(payload):
+            async for piece in pieces(payload):
                 if self._transport is None or head.done():
                     return
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), bytes(piece)) if chunked else piece)
@@ -177,7 +186,44 @@ class Connection(Response):
                 head.set_exception(error)
             return
         if not head.done():
+            self._answer_by = self._loop.time() + timeout
             self._time(head, "no answer", timeout)
+
+    async def whole(self, most: int, *, patient: bool = False) -> bool:
+        """Wait for the end of the response; return whether it came before `most` bytes or the time were over.
+
+        What has come stays here.
+
+        Args:
+            most: bytes of the body that are waited for.
+            patient: wait as long as pieces come, each within `idle_timeout`, and not only for what is left
+                of the exchange's `timeout`.
+
+        Raises: what `read` raises, but for UPSTREAM_TIMEOUT.
+        """
+        self._high_water = max(most, HIGH_WATER)
+        until, seen = self._answer_by, -1
+        try:
+            while not self._response_done and self.received <= most:
+                if self._error is not None:
+                    raise self._error
+                now = self._loop.time()
+                if patient and self.received > seen:
+                    until, seen = now + self._idle_timeout, self.received
+                if now >= until:
+                    break
+                self._resume_reading()
+                self._reader = self._loop.create_future()
+                self._time(self._reader, "", until - now)
+                await self._reader
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            self._timer.clear()
+            self._reader = None
+            self._high_water = HIGH_WATER
+        return self._response_done and self.received <= most
 
     async def read(self) -> bytes:
         """Return the next piece of the response body; b"" at its end.
@@ -190,9 +236,8 @@ class Connection(Response):
             if self._pieces:
                 piece = self._pieces.popleft()
                 self._buffered -= len(piece)
-                if self._paused_reading and self._buffered <= LOW_WATER and self._transport is not None:
-                    self._paused_reading = False
-                    self._transport.resume_reading()
+                if self._buffered <= LOW_WATER:
+                    self._resume_reading()
                 return piece
             if self._response_done:
                 self._release()
@@ -245,9 +290,6 @@ class Connection(Response):
         self._wake(self._reader)
         self._on_lost(self)
 
-    def eof_received(self) -> bool:
-        return False
-
     def data_received(self, data: bytes) -> None:
         if self._response_done:
             self.abort()
@@ -267,12 +309,12 @@ class Connection(Response):
             return
         self._wake(self._head)
         if self.size is not None and not self._response_done:
-            self._raw_left = self.size - self._received
+            self._raw_left = self.size - self.received
         self._body_came()
 
     def _body_came(self) -> None:
         self._wake(self._reader)
-        if self._buffered > HIGH_WATER and not self._paused_reading and self._transport is not None:
+        if self._buffered > self._high_water and not self._paused_reading and self._transport is not None:
             self._paused_reading = True
             self._transport.pause_reading()
 
@@ -295,14 +337,16 @@ class Connection(Response):
             self.retire()
 
     def _release(self) -> None:
-        if self._released:
-            return
-        self._released = True
+        if not self._released:
+            self._released = True
+            self._resume_reading()
+            if self.usable:
+                self._on_free(self)
+
+    def _resume_reading(self) -> None:
         if self._paused_reading and self._transport is not None:
             self._paused_reading = False
             self._transport.resume_reading()
-        if self.usable:
-            self._on_free(self)
 
     def _bad(self, what: str) -> None:
         self._fail(Refusal(Reason.UPSTREAM_BAD_ANSWER, what, by=self.name))
@@ -318,13 +362,15 @@ class Connection(Response):
                 waiter.set_exception(self._error)
 
     def _time(self, waiter: asyncio.Future[None], what: str, seconds: float) -> None:
-        """Give `waiter` so many seconds; one at a time is timed."""
+        """Give `waiter` so many seconds; one at a time is timed. Without `what` their end is no error."""
         self._timed = (waiter, what, seconds)
         self._timer.set(seconds)
 
     def _expire(self) -> None:
         waiter, what, seconds = self._timed
-        if not waiter.done():
+        if not what:
+            self._wake(waiter)
+        elif not waiter.done():
             self._error = Refusal(Reason.UPSTREAM_TIMEOUT, f"{what} for {seconds:g} s", by=self.name)
             waiter.set_exception(self._error)
 
@@ -352,15 +398,3 @@ class Connection(Response):
     def _wake(waiter: asyncio.Future[None] | None) -> None:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-
-
-async def _pieces(payload: Payload) -> AsyncIterator[bytes | memoryview]:
-    """Yield the body; one that is at hand stays there, so that it can be sent again."""
-    data = payload.data
-    if data is None:
-        async for piece in payload.stream():
-            yield piece
-    else:
-        view = memoryview(data)
-        for at in range(0, len(view), _AT_ONCE):
-            yield view[at : at + _AT_ONCE]

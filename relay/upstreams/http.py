@@ -1,8 +1,14 @@
-"""A SuperLink reached over HTTP/1.1: what HTTP v1 and legacy REST have in common."""
+"""A SuperLink reached over HTTP/1.1: what HTTP v1 and legacy REST have in common.
+
+An answer is awaited whole before a byte of it is passed on, whatever its framing: so a break in it is a clean
+refusal, and what would end a node is seen. Only what may honestly be long is passed on while it comes, and
+nodes of HTTP v1 survive a break in that.
+"""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,17 +27,27 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = b"application/protobuf"
 
-#: A declared answer of up to this size is awaited whole, so that a break in it is still a clean refusal.
+#: Longest answer to most methods: they are a few bytes. So much of any other is awaited without a count.
 WHOLE = 64 * 1024
-#: Most bytes of longer answers that a worker awaits at a time; beyond that they are passed on as they come.
+#: Longest answer that is awaited whole at all: one that lists objects takes 70 bytes for each of them.
+LONGEST = 8 * 1024 * 1024
+#: Most bytes of answers above WHOLE that a worker awaits at a time.
 AWAITED = 64 * 1024 * 1024
+
+#: Longer than LONGEST, they are passed on as they come. Others are no answers then.
+_LONG = frozenset({Method.PULL_MESSAGES, Method.PULL_OBJECT, Method.GET_FAB})
+#: Awaited up to LONGEST, and not only up to WHOLE, for all nodes; objects are for those that need it.
+_AWAITED_LONG = frozenset({Method.PULL_MESSAGES, Method.PUSH_MESSAGES, Method.GET_RUN, Method.GET_FAB})
 
 _CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds from the last byte of a request to the head of its answer: heartbeats, and all else."""
+    """Seconds from the last byte of a request to its answer: heartbeats, and all else.
+
+    Within them comes the head of any answer, and the end of one that is awaited whole, unless it is long.
+    """
 
     response: float
     heartbeat: float
@@ -42,11 +58,12 @@ class Nodes(NamedTuple):
 
     Attributes:
         passes: statuses besides 200 that mean something to them, with the kinds that they are passed for.
-        whole: longest answer, in bytes, that is awaited whole before a byte of it is passed on.
+        survive_cuts: whether they ask again for an object whose answer broke off after its head. If not, one
+            is awaited whole up to LONGEST, for as long as pieces come.
     """
 
     passes: Mapping[int, frozenset[Kind]]
-    whole: int = WHOLE
+    survive_cuts: bool = True
 
 
 class HttpUpstream:
@@ -104,30 +121,69 @@ class HttpUpstream:
         status, content_type, headers = connection.status, connection.content_type, connection.headers
         try:
             nodes = self._nodes[call.wire]
-            payload = await self._payload(connection, nodes.whole)
             if self._judging:
-                self._check(call.method, status, content_type, payload.data, nodes.passes)
+                reason = judge(call.method, status, content_type, nodes.passes)
+                if reason is not None:
+                    await self._let_go(connection)
+                    what = f"{status} {content_type[:60].decode('latin-1')!r}"
+                    raise self._no(reason, call.method, what, status)
+            data = connection.take()
+            if data is None:
+                payload = await self._payload(connection, call.method, nodes)
+                data = payload.data
+            else:
+                payload = Payload(data)
+            if self._judging and status == 200 and data is not None and not makes_sense(call.method, data):
+                what = f"{len(data)} bytes that are no {call.method.response}"
+                raise self._no(Reason.UPSTREAM_BAD_ANSWER, call.method, what, status)
         except BaseException:
             connection.close()
             raise
         return Reply(payload, Source.UPSTREAM, status=status, metadata=headers)
 
-    async def _payload(self, connection: Connection, whole: int) -> Payload:
-        """Wrap the response body; a short one is awaited, so that a break in it becomes a refusal."""
-        body = connection.take()
-        if body is not None:
-            return Payload(body)
-        size = connection.size
-        payload = Payload(body=ResponseBody(connection), size=size)
-        if size is not None and size <= WHOLE:
-            await payload.read(WHOLE)
-        elif size is not None and size <= whole and self._awaited + size <= AWAITED:
-            self._awaited += size
-            try:
-                await payload.read(size)
-            finally:
-                self._awaited -= size
-        return payload
+    async def _let_go(self, connection: Connection) -> None:
+        """Read an answer that is of no use, if it is short: its connection is."""
+        if connection.take() is None and (connection.size or AWAITED) <= WHOLE:
+            with suppress(Refusal):
+                if await connection.whole(WHOLE):
+                    connection.take()
+
+    async def _payload(self, connection: Connection, method: Method, nodes: Nodes) -> Payload:
+        """Wrap a response body that is still arriving, whole if it shall not be passed on before."""
+        size, most = connection.size, _most(method, nodes, connection.size)
+        passed_on = method in _LONG or not self._judging
+        if most and (size is None or size <= most):
+            if size is None or size <= WHOLE:
+                if await connection.whole(WHOLE):
+                    return Payload(connection.take() or b"")
+                if connection.received <= WHOLE:
+                    raise self._late()
+            if most > WHOLE and await self._await_long(connection, most, nodes, passed_on=passed_on):
+                return Payload(connection.take() or b"")
+        if passed_on:
+            return Payload(body=ResponseBody(connection), size=size)
+        what = f"more than {most} bytes"
+        raise self._no(Reason.UPSTREAM_BAD_ANSWER, method, what, connection.status)
+
+    async def _await_long(self, connection: Connection, most: int, nodes: Nodes, *, passed_on: bool) -> bool:
+        """Await an answer of up to `most` bytes; return whether it is here, or else is to be passed on."""
+        size = connection.size or most
+        if self._awaited + size > AWAITED:
+            if passed_on:
+                return False
+            raise Refusal(Reason.OVERLOADED, "too many long answers at a time", by=self.pool.name)
+        self._awaited += size
+        try:
+            if await connection.whole(most, patient=not nodes.survive_cuts):
+                return True
+        finally:
+            self._awaited -= size
+        if connection.received <= most and not (passed_on and nodes.survive_cuts):
+            raise self._late()
+        return False
+
+    def _late(self) -> Refusal:
+        return Refusal(Reason.UPSTREAM_TIMEOUT, "no end of the answer in time", by=self.pool.name)
 
     def _head(self, call: Call) -> bytes:
         size = call.payload.size
@@ -140,23 +196,19 @@ class HttpUpstream:
             return own  # a node's patience begins anew when it has sent a long body
         return min(own, call.deadline - time.monotonic())
 
-    def _check(
-        self,
-        method: Method,
-        status: int,
-        content_type: bytes,
-        data: bytes | None,
-        passes: Mapping[int, frozenset[Kind]],
-    ) -> None:
-        reason = judge(method, status, content_type, passes)
-        if reason is not None:
-            what = f"{status} {content_type[:60].decode('latin-1')!r}"
-        elif status == 200 and data is not None and not makes_sense(method, data):
-            reason = Reason.UPSTREAM_BAD_ANSWER
-            what = f"{len(data)} bytes that are no {method.response}"
-        else:
-            return
-        raise Refusal(reason, f"{method.rpc} was answered {what}", by=self.pool.name, status=status)
+    def _no(self, reason: Reason, method: Method, what: str, status: int) -> Refusal:
+        return Refusal(reason, f"{method.rpc} was answered {what}", by=self.pool.name, status=status)
+
+
+def _most(method: Method, nodes: Nodes, size: int | None) -> int:
+    """Return the bytes up to which an answer is awaited whole; 0 if it is passed on at once."""
+    if method in _AWAITED_LONG:
+        return LONGEST
+    if method is not Method.PULL_OBJECT:
+        return WHOLE
+    if not nodes.survive_cuts:
+        return LONGEST
+    return 0 if size is None else WHOLE  # without a size it is likely to be long
 
 
 def judge(

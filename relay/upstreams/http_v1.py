@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from relay.call import Wire
 from relay.fleet import Kind
-from relay.upstreams import rest_v0
 from relay.upstreams.check import Question
 from relay.upstreams.http import HttpUpstream, Nodes, Timeouts
 
@@ -30,7 +29,7 @@ PASSES = {
 
 #: A legacy node survives no status on a fetch or a pull. 401 is for the policy `signing`, which has signed
 #: the call, and 412 for `repair`; a node that is not let in for good exits, as it would without a relay.
-LEGACY = Nodes({401: PASSES[401], 412: PASSES[412]}, rest_v0.WHOLE)
+LEGACY = Nodes({401: PASSES[401], 412: PASSES[412]}, survive_cuts=False)
 
 #: A node behind the adapter takes no status for what it means, and dies of any on a pull or a heartbeat.
 ADAPTER = Nodes(

@@ -38,6 +38,7 @@ class Response(asyncio.Protocol):
             without framing.
         content_type: of the response, b"" if it has none.
         size: bytes of the response body, None if the upstream did not say.
+        received: bytes of it that have come.
     """
 
     __slots__ = (
@@ -49,11 +50,11 @@ class Response(asyncio.Protocol):
         "_parser",
         "_pieces",
         "_raw_left",
-        "_received",
         "_response_done",
         "_until_close",
         "content_type",
         "headers",
+        "received",
         "size",
         "status",
     )
@@ -75,7 +76,7 @@ class Response(asyncio.Protocol):
         self.size: int | None = None
         self._buffered = 0
         self._head_size = 0
-        self._received = 0
+        self.received = 0
         self._raw_left = 0
         self._chunked = False
         self._until_close = False
@@ -141,7 +142,7 @@ class Response(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
         self._buffered += len(body)
-        self._received += len(body)
+        self.received += len(body)
 
     def on_message_complete(self) -> None:
         if self._informational:

@@ -20,11 +20,10 @@ PREFIX = "/api/v0/fleet/"
 #: What it answers by itself, without a trace in it: it has no health check, but refuses a GET of a method.
 QUESTION = Question("/api/v0/fleet/pull-messages", 405)
 
-#: A node does not survive an answer that breaks off after its head, so an object is awaited whole: Flower
-#: cuts arrays into pieces of 5 MiB.
-WHOLE = 8 * 1024 * 1024
+#: A node does not survive an answer that breaks off after its head, nor any status.
+NODES = Nodes({}, survive_cuts=False)
 
 
 def upstream(pool: Pool, timeouts: Timeouts, *, judging: bool = True) -> HttpUpstream:
     """Return the handler for this SuperLink; it passes any answer on unless it is `judging`."""
-    return HttpUpstream(pool, PREFIX, timeouts, dict.fromkeys(Wire, Nodes({}, WHOLE)), judging=judging)
+    return HttpUpstream(pool, PREFIX, timeouts, dict.fromkeys(Wire, NODES), judging=judging)

@@ -13,7 +13,8 @@ from relay.call import Payload, Source
 from relay.fleet import Kind, Method
 from relay.refusal import NodeGone, Reason, Refusal
 from relay.upstreams import http_v1, rest_v0
-from relay.upstreams.http import WHOLE, HttpUpstream, Timeouts, judge, makes_sense
+from relay.upstreams.http import LONGEST, WHOLE, HttpUpstream, Timeouts, judge, makes_sense
+from relay.wireformat import encode_bytes
 from tests.sockets import PATIENCE, CutError, chunked, response, until
 from tests.upstreams.conftest import body
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     MakePool = Callable[..., Pool]
 
 PROTOBUF = b"application/protobuf"
+#: A message of 400,000 bytes.
+OBJECT = encode_bytes(3, b"x" * 399_996)
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -178,7 +181,7 @@ async def test_a_cut_in_a_small_answer_is_a_refusal_and_in_a_long_one_breaks_the
     with pytest.raises(Refusal) as caught:
         await task
     assert caught.value.reason is Reason.UPSTREAM_DOWN
-    task, peer, _ = await link.asked(make_call(Method.GET_FAB))
+    task, peer, _ = await link.asked(make_call(Method.PULL_OBJECT))
     peer.send(response(b"x", size=WHOLE + 1))
     reply = await task
     await peer.close()
@@ -186,6 +189,106 @@ async def test_a_cut_in_a_small_answer_is_a_refusal_and_in_a_long_one_breaks_the
         await whole(reply)
     assert caught.value.reason is Reason.UPSTREAM_DOWN
     await until(lambda: link.pool.state()["connections"] == 0)
+
+
+SHORT = [method for method in Method if method is not Method.PULL_OBJECT]
+
+
+@pytest.mark.parametrize("method", SHORT)
+async def test_an_answer_in_chunks_is_checked_when_it_is_whole(
+    link: Link, make_call: MakeCall, method: Method
+) -> None:
+    """Without a length, in segments of their own: head, garbage, end."""
+    for part, last in (b"\x08", b"\x01"), (b"gar", b"bage"):
+        task, peer, _ = await link.asked(make_call(method))
+        for segment in (chunked(last=b""), b"%x\r\n%b\r\n" % (len(part), part)):
+            peer.send(segment)
+            await asyncio.sleep(0.01)
+            assert not task.done()
+        peer.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
+        if part == b"\x08" or makes_sense(method, part + last):
+            assert (await task).payload.data == part + last
+        else:
+            with pytest.raises(Refusal, match="7 bytes that are no") as caught:
+                await task
+            assert caught.value.reason is Reason.UPSTREAM_BAD_ANSWER
+        await link.pool.close()
+        link.pool._closed = False
+
+
+@pytest.mark.parametrize("method", SHORT)
+async def test_an_answer_in_chunks_that_breaks_off_is_a_refusal(
+    link: Link, make_call: MakeCall, method: Method
+) -> None:
+    task, peer, _ = await link.asked(make_call(method))
+    peer.send(chunked(b"\x08\x01", last=b""))
+    await asyncio.sleep(0.01)
+    await peer.close()
+    with pytest.raises(Refusal) as caught:
+        await task
+    assert caught.value.reason is Reason.UPSTREAM_DOWN
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("method", SHORT)
+async def test_an_answer_that_is_too_long_for_its_method_is_none(
+    link: Link, make_call: MakeCall, method: Method, *, sized: bool
+) -> None:
+    long = method in (Method.PULL_MESSAGES, Method.PUSH_MESSAGES, Method.GET_RUN, Method.GET_FAB)
+    most = LONGEST if long else WHOLE
+    task, peer, _ = await link.asked(make_call(method))
+    if sized:
+        peer.send(response(size=most + 1))
+    else:
+        peer.send(chunked(last=b"") + b"%x\r\n" % (most + 1) + b"x" * (most + 1))
+    if method in (Method.PULL_MESSAGES, Method.GET_FAB):
+        reply = await task
+        assert reply.payload.data is None
+        reply.payload.close()
+    else:
+        with pytest.raises(Refusal, match=f"more than {most} bytes") as caught:
+            await task
+        assert caught.value.reason is Reason.UPSTREAM_BAD_ANSWER
+    await until(lambda: link.pool.state()["connections"] == 0)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.PUSH_MESSAGES, Method.GET_RUN])
+async def test_a_list_of_many_objects_is_awaited_and_checked(
+    link: Link, make_call: MakeCall, method: Method, *, sized: bool
+) -> None:
+    for last, good in (b"x", True), (b"", False):
+        body = OBJECT[:-1] + last
+        task, peer, _ = await link.asked(make_call(method))
+        peer.send(response(body[:9], size=len(body)) if sized else chunked(body[:9], last=b""))
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        rest = body[9:]
+        peer.send(rest if sized else b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest))
+        if good or makes_sense(method, body):
+            assert (await task).payload.data == body
+        else:
+            with pytest.raises(Refusal) as caught:
+                await task
+            assert caught.value.reason is Reason.UPSTREAM_BAD_ANSWER
+        assert link.handler._awaited == 0
+        await link.pool.close()
+        link.pool._closed = False
+
+
+@pytest.mark.parametrize("method", [Method.PUSH_MESSAGES, Method.PULL_MESSAGES])
+async def test_what_there_is_no_room_for_is_passed_on_if_it_may_be(
+    link: Link, make_call: MakeCall, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.upstreams.http.AWAITED", 100_000)
+    task, _, _ = await link.asked(make_call(method))
+    link.listener.peers[0].send(response(b"x", size=100_001))
+    if method is Method.PULL_MESSAGES:
+        (await task).payload.close()
+    else:
+        with pytest.raises(Refusal) as caught:
+            await task
+        assert caught.value.reason is Reason.OVERLOADED
 
 
 async def test_end_to_end_headers_come_back_as_they_were(link: Link, make_call: MakeCall) -> None:
@@ -405,6 +508,56 @@ async def test_a_call_is_given_up_at_its_deadline(link: Link, make_call: MakeCal
     assert 0.08 < time.monotonic() - started < 4
 
 
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("method", SHORT)
+async def test_head_and_body_have_one_deadline(
+    link: Link, make_call: MakeCall, method: Method, *, sized: bool
+) -> None:
+    """Each piece comes in time, the whole does not: the place in the queue is given back, the node told."""
+    started = time.monotonic()
+    task, peer, _ = await link.asked(make_call(method, deadline=started + 0.3))
+    await asyncio.sleep(0.15)
+    peer.send(response(b"\x08", size=2000) if sized else chunked(b"\x08", last=b""))
+    await asyncio.sleep(0.1)
+    peer.send(b"\x08" if sized else b"1\r\n\x08\r\n")
+    with pytest.raises(Refusal) as caught:
+        await task
+    assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
+    assert caught.value.sent
+    assert 0.28 < time.monotonic() - started < PATIENCE - 1
+    await until(lambda: link.pool.state()["connections"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "passed_on"),
+    [(Method.PULL_MESSAGES, True), (Method.GET_FAB, True), (Method.GET_RUN, False)],
+)
+async def test_a_long_answer_that_is_late_is_passed_on_if_it_may_be(
+    link: Link, make_call: MakeCall, method: Method, *, passed_on: bool
+) -> None:
+    """A message that was handed out would else be lost, and its node still waits for a first byte."""
+    task, peer, _ = await link.asked(make_call(method, deadline=time.monotonic() + 0.2))
+    peer.send(response(OBJECT[:9], size=len(OBJECT)))
+    if passed_on:
+        reply = await task
+        peer.send(OBJECT[9:])
+        assert await whole(reply) == OBJECT
+    else:
+        with pytest.raises(Refusal) as caught:
+            await task
+        assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
+
+
+async def test_an_early_answer_to_an_upload_has_time_to_end(link: Link, make_call: MakeCall) -> None:
+    task = asyncio.ensure_future(link.handler(make_call(Method.PUSH_OBJECT, body(b"part"))))
+    peer = await link.listener.accept()
+    await peer.head()
+    peer.send(response(b"\x08", size=2))
+    await asyncio.sleep(0.02)
+    peer.send(b"\x01")
+    assert (await task).payload.data == b"\x08\x01"
+
+
 async def test_a_call_whose_deadline_has_passed_is_not_sent(link: Link, make_call: MakeCall) -> None:
     """pull-messages would hand a message out to nobody."""
     with pytest.raises(Refusal) as caught:
@@ -564,19 +717,19 @@ async def test_no_more_than_a_bound_is_awaited_of_all_answers_together(
     link = Link(rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE)), upstream)
     tasks, peers = [], []
     for _ in range(3):
-        task, peer, _ = await link.asked(make_call(Method.PUSH_OBJECT))
-        peer.send(response(b"x", size=400_000))
+        task, peer, _ = await link.asked(make_call(Method.PULL_OBJECT))
+        peer.send(response(OBJECT[:1], size=len(OBJECT)))
         tasks.append(task)
         peers.append(peer)
     replies = [await tasks[2]]  # the two before it have taken what there is
     assert not tasks[0].done()
     assert not tasks[1].done()
     for peer in peers:
-        peer.send(b"y" * 399_999)
+        peer.send(OBJECT[1:])
     replies += [await tasks[0], await tasks[1]]
     assert [reply.payload.data is None for reply in replies] == [True, False, False]
     for reply in replies:
-        assert await whole(reply) == b"x" + b"y" * 399_999
+        assert await whole(reply) == OBJECT
     assert link.handler._awaited == 0
 
 
@@ -585,15 +738,15 @@ async def test_what_was_awaited_is_given_back_however_it_ends(
     make_pool: MakePool, upstream: Listener, make_call: MakeCall, how: str
 ) -> None:
     link = Link(rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE)), upstream)
-    task, peer, _ = await link.asked(make_call(Method.PUSH_OBJECT))
-    peer.send(response(b"x", size=400_000))
+    task, peer, _ = await link.asked(make_call(Method.PULL_OBJECT))
+    peer.send(response(OBJECT[:1], size=len(OBJECT)))
     await until(lambda: link.handler._awaited == 400_000)
     if how == "cut":
         await peer.close()
     elif how == "cancelled":
         task.cancel()
     else:
-        peer.send(b"y" * 399_999)
+        peer.send(OBJECT[1:])
     await asyncio.gather(task, return_exceptions=True)
     assert link.handler._awaited == 0
     await until(lambda: link.pool.state()["connections"] == len(link.pool._idle))

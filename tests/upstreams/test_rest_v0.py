@@ -11,7 +11,8 @@ from relay.fleet import Kind, Method
 from relay.refusal import Reason, Refusal
 from relay.upstreams import rest_v0
 from relay.upstreams.http import Timeouts
-from tests.sockets import PATIENCE, response
+from relay.wireformat import encode_bytes
+from tests.sockets import PATIENCE, chunked, response
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +75,68 @@ async def test_an_object_that_breaks_off_is_a_refusal_and_never_half_an_answer(
         await task
     assert caught.value.reason is Reason.UPSTREAM_DOWN
     assert handler._awaited == 0
+
+
+@pytest.mark.parametrize("sized", [True, False])
+async def test_an_object_is_awaited_for_as_long_as_it_comes(
+    make_pool: Callable[..., Pool], upstream: Listener, make_call: Callable[..., Call], *, sized: bool
+) -> None:
+    """Its node waits without limit, and survives neither half of it nor a status."""
+    handler = rest_v0.upstream(make_pool(idle_timeout=0.4), Timeouts(0.4, 0.4))
+    task = asyncio.ensure_future(handler(make_call(Method.PULL_OBJECT, b"ask")))
+    peer = await upstream.accept()
+    await peer.message()
+    content = encode_bytes(3, b"x" * 300_000)
+    parts = [content[:100_000], content[100_000:200_000], content[200_000:]]
+    peer.send(response(size=len(content)) if sized else chunked(last=b""))
+    for part in parts:
+        peer.send(part if sized else b"%x\r\n%b\r\n" % (len(part), part))
+        await asyncio.sleep(0.2)
+        assert task.done() == (sized and part is parts[-1])
+    if not sized:
+        peer.send(b"0\r\n\r\n")
+    assert (await task).payload.data == content
+
+
+@pytest.mark.parametrize("ending", ["silence", "cut"])
+@pytest.mark.parametrize("sized", [True, False])
+async def test_an_object_that_stops_is_a_refusal_whatever_its_framing(
+    make_pool: Callable[..., Pool],
+    upstream: Listener,
+    make_call: Callable[..., Call],
+    ending: str,
+    *,
+    sized: bool,
+) -> None:
+    handler = rest_v0.upstream(make_pool(idle_timeout=0.1), Timeouts(PATIENCE, PATIENCE))
+    task = asyncio.ensure_future(handler(make_call(Method.PULL_OBJECT, b"ask")))
+    peer = await upstream.accept()
+    await peer.message()
+    half = b"x" * 100_000
+    peer.send(response(half, size=200_000) if sized else chunked(half, last=b""))
+    if ending == "cut":
+        await asyncio.sleep(0.02)
+        await peer.close()
+    with pytest.raises(Refusal) as caught:
+        await task
+    assert caught.value.reason is (Reason.UPSTREAM_DOWN if ending == "cut" else Reason.UPSTREAM_TIMEOUT)
+    assert handler._awaited == 0
+
+
+@pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.SEND_NODE_HEARTBEAT, Method.GET_RUN])
+async def test_chunks_that_break_off_never_reach_the_node(
+    make_pool: Callable[..., Pool], upstream: Listener, make_call: Callable[..., Call], method: Method
+) -> None:
+    handler = rest_v0.upstream(make_pool(), Timeouts(PATIENCE, PATIENCE))
+    task = asyncio.ensure_future(handler(make_call(method, b"ask")))
+    peer = await upstream.accept()
+    await peer.message()
+    peer.send(chunked(b"\x0a\x02\x0a\x00", last=b""))
+    await asyncio.sleep(0.02)
+    await peer.close()
+    with pytest.raises(Refusal) as caught:
+        await task
+    assert caught.value.reason is Reason.UPSTREAM_DOWN
 
 
 async def test_what_is_awaited_whole_is_bounded(
