@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from relay import __version__
-from relay.commands import certs, keys, nodes
+from relay.commands import certs, exposed, keys, nodes
 from relay.commands.common import UNREACHABLE, Config, read_settings
 from relay.demo.command import demo
 from relay.settings import load
@@ -75,6 +75,7 @@ def check(
     typer.echo(f"settings: ok ({config or 'defaults'})")
     keys.check(settings, probe=probe)
     nodes.check(settings)
+    exposed.check(settings, config)
     if not probe:
         return
     upstream = settings.upstream

@@ -43,8 +43,8 @@ class NodeKeys(Section):
 
     allow: Annotated[Annotated[StoreFile, _readable(allowed_keys.parse)] | None, Doc("path")] = None
     """File with the public keys that are allowed, one a line as in OpenSSH's `authorized_keys`; made by
-    `flwr-relay nodes allow FILE`, and a change is effective within 2 s. Without it any key is. As long as it
-    is not there, nodes are told to come back later."""
+    `flwr-relay nodes allow FILE` for the owner of its directory alone, and a change is effective within 2 s.
+    Without it any key is. As long as it is not there, nodes are told to come back later."""
 
     verify: Literal["always", "local"] = "always"
     """`always` verifies the signature of each call, which takes a third of a millisecond, so that a wrong one
@@ -66,7 +66,7 @@ class Quarantine(Section):
 
     file: Annotated[Annotated[StoreFile, _readable(quarantine_list.parse)] | None, Doc("path")] = None
     """File with the node ids, key fingerprints and identities that are in quarantine; made by `flwr-relay
-    nodes quarantine`, and a change is effective within 2 s."""
+    nodes quarantine` for the owner of its directory alone, and a change is effective within 2 s."""
 
     enforce: Flag = True
     """`false` counts the calls that would be refused, and lets them pass."""

@@ -216,8 +216,6 @@ def check(settings: Settings, *, probe: bool) -> None:
     foreign = [record for record in records.values() if record.pepper not in ("", ours)]
     if foreign:
         _end(INVALID, *(f"keys: {foreign_pepper(record, ours)}" for record in foreign[:20]))
-    if isinstance(store, FileKeys) and (exposed := store.exposed()):
-        typer.echo(f"keys: warning: {exposed}", err=True)
     valid = sum(record.state(time.time()) == "valid" for record in records.values())
     typer.echo(f"keys: ok ({store.name}: {valid} valid, {len(records) - valid} not)")
 

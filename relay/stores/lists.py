@@ -4,8 +4,8 @@ A line ends with a line feed and with nothing else: what other characters some t
 CR, a form feed, U+0085, U+2028 ...) belong to it, and none of them is written here.
 
 People and configuration management may write them, and the command line does (`edit`): under a lock, as a new
-file that replaces the old one in one step, with its owner and mode. `parse` is what each kind of list builds
-on.
+file that replaces the old one in one step, with its owner and mode; a link stays one. The first is made with
+mode 0600, for the owner of its directory. `parse` is what each kind of list builds on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 #: Longest file that is read: more than 50,000 entries.
 MOST_BYTES = 16 << 20
-#: Mode of a file that did not exist: others, such as the relay's user, may read it.
-_NEW_MODE = 0o644
+#: Mode of a file that did not exist.
+_NEW_MODE = 0o600
 
 
 class ListError(Exception):
@@ -76,6 +76,7 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
         ListError: see `read`; or another program, which takes no lock, has changed it meanwhile.
         OSError: it cannot be read or written.
     """
+    path = path.resolve()  # a link stays one
     with _locked(path.parent):
         try:
             text, status = read(path), path.stat()
@@ -88,7 +89,7 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(changed.encode())
-                _dress(file, status)
+                _dress(file, status, path.parent)
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).replace(path)
@@ -99,12 +100,17 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
             raise ListError("does not hold what was written: another program changes it, too")
 
 
-def _dress(file: IO[bytes], status: os.stat_result | None) -> None:
-    """Give the new file mode and owner of the old one; a user other than root keeps the owner it has."""
-    os.fchmod(file.fileno(), status.st_mode & 0o777 if status else _NEW_MODE)
-    if status is not None:
-        with suppress(PermissionError):
-            os.fchown(file.fileno(), status.st_uid, status.st_gid)
+def _dress(file: IO[bytes], status: os.stat_result | None, directory: Path) -> None:
+    """Give the new file mode and owner of the old one, or those of a first one.
+
+    Only root may give a file away: the relay's user must go on reading what root changed.
+    """
+    mode, owner = (_NEW_MODE, directory.stat()) if status is None else (status.st_mode & 0o777, status)
+    with suppress(PermissionError):
+        os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+    if os.fstat(file.fileno()).st_gid != owner.st_gid:
+        mode &= ~0o070  # it would be another group's
+    os.fchmod(file.fileno(), mode)
 
 
 @contextmanager

@@ -91,18 +91,6 @@ class FileKeys:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def exposed(self) -> str | None:
-        """Say whether others of the host may read the file, and what to do. None: all is well."""
-        try:
-            mode = self.path.stat().st_mode
-        except OSError:
-            return None
-        return (
-            f"{self.path} can be read by everybody on this host: chmod o= {self.path}"
-            if mode & 0o007
-            else None
-        )
-
     # -- reading ------------------------------------------------------------------------------------
 
     def _bytes(self) -> tuple[tuple[int, ...] | None, bytes]:

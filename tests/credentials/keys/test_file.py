@@ -313,14 +313,6 @@ def test_the_file_stays_with_its_owner_when_root_changes_it(keys: FileKeys, path
     assert (path.stat().st_uid, path.stat().st_gid) == (12345, 54321)
 
 
-def test_a_file_that_everybody_may_read_is_reported(keys: FileKeys, path: Path) -> None:
-    assert keys.exposed() is None
-    path.chmod(0o644)
-    assert keys.exposed() == f"{path} can be read by everybody on this host: chmod o= {path}"
-    path.unlink()
-    assert keys.exposed() is None
-
-
 def test_a_lock_that_is_held_for_long_is_reported(
     monkeypatch: pytest.MonkeyPatch, keys: FileKeys, path: Path
 ) -> None:
