@@ -25,12 +25,9 @@ import hmac
 import json
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from relay.credentials.keys.key import ID
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 #: A name or a tenant fits into a URL and a log line.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -178,16 +175,6 @@ def read_time(text: str) -> int:
 
 _FIRST = int(datetime(1000, 1, 2, tzinfo=UTC).timestamp())
 _LAST = int(datetime(9999, 12, 30, tzinfo=UTC).timestamp())
-
-
-def merged(records: Iterable[KeyRecord]) -> dict[str, KeyRecord]:
-    """Return the records by their ids. Raises RecordError if two have the same."""
-    found: dict[str, KeyRecord] = {}
-    for record in records:
-        if record.id in found:
-            raise RecordError(f"has the id {record.id} twice")
-        found[record.id] = record
-    return found
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
