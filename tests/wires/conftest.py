@@ -192,6 +192,7 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
         idle_timeout: float = PATIENCE,
         keepalive: float = 75.0,
         trusted: tuple[str, ...] = (),
+        certificate_header: bytes = b"",
         **limits: Any,
     ) -> Served:
         served = Served()
@@ -201,7 +202,7 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[Served]]]:
             for wire in wires
             for method in Method
         }
-        forwarding = Forwarding([ipaddress.ip_network(network) for network in trusted])
+        forwarding = Forwarding([ipaddress.ip_network(network) for network in trusted], certificate_header)
         limits.setdefault("bodies", bodies(max_body, {}))  # of any method
         receiver = Receiver(forwarding, Limits(**limits), idle_timeout)
         served.front = Front(routes, receiver, idle_timeout=idle_timeout, on_stray=served.strays.append)

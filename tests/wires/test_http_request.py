@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from relay.call import Payload, Reply, Source, Wire
+from relay.call import Certificate, Payload, Reply, Source, Wire
 from relay.fleet import MAX_REQUEST, Kind, Method
 from relay.limits import bodies
 from relay.refusal import Reason, Refusal
@@ -49,6 +49,25 @@ async def test_a_call_knows_who_sent_it_and_when(serve: Serve) -> None:
     call = await call_of(serve, request())
     assert call.peer == "127.0.0.1"
     assert before <= call.started <= time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("proxy", "believed"),
+    [
+        ({"trusted": ("127.0.0.0/8",), "certificate_header": b"x-forwarded-client-cert"}, True),
+        ({"trusted": ("10.0.0.0/8",), "certificate_header": b"x-forwarded-client-cert"}, False),
+        ({"trusted": ("127.0.0.0/8",), "certificate_header": b"client-cert"}, False),
+        ({"trusted": ("127.0.0.0/8",)}, False),
+    ],
+    ids=["a proxy", "a stranger", "in another header", "none was set"],
+)
+async def test_a_certificate_is_taken_from_the_proxy_and_the_header_that_were_set(
+    serve: Serve, proxy: dict[str, Any], believed: bool
+) -> None:
+    header = (b"X-Forwarded-Client-Cert", b'By=proxy;Hash=%b;Subject="CN=node-7"' % (b"ab" * 32))
+    call = await call_of(serve, request(headers=[header]), **proxy)
+    assert call.certificate == (Certificate("CN=node-7", fingerprint="ab" * 32) if believed else None)
+    assert b"x-forwarded-client-cert" not in {name.lower() for name, _ in call.metadata}
 
 
 async def test_a_trusted_proxy_is_believed_and_anybody_else_is_not(serve: Serve) -> None:
