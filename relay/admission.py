@@ -12,6 +12,7 @@ from relay.credentials.keys.table import KeyTable
 from relay.credentials.node_keys import NodeKeys
 from relay.credentials.node_signature import NodeSignature
 from relay.policies import Auth, Quarantine
+from relay.policies.auth import CREDENTIAL_HEADERS
 from relay.stores import quarantine_list
 from relay.stores.watched import Watched
 
@@ -62,6 +63,14 @@ def key_table(section: settings_of.Keys) -> KeyTable:
     store = key_store(section.file, section.redis.text if section.redis else None, str(section.redis))
     # A file cannot be down: what was read of it last is right until it says otherwise.
     return KeyTable(store, pepper=pepper, stale=section.stale if section.redis else 0.0)
+
+
+def withheld(section: settings_of.Auth) -> frozenset[bytes]:
+    """Return the headers that a listener's wires keep from its calls: those that nobody there looks at.
+
+    Where something is accepted, `auth` stands in the chain and takes them off behind the look.
+    """
+    return frozenset() if section.accept or section.forward else CREDENTIAL_HEADERS
 
 
 def auth(section: settings_of.Auth, known: Mapping[str, Credential]) -> Auth:

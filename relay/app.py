@@ -171,6 +171,7 @@ def _front(
             Forwarding(listener.trusted_proxies, _certificate_header(listener)),
             limits,
             settings.upstream.idle_timeout,
+            admission.withheld(listener.auth),
         ),
         idle_timeout=settings.upstream.idle_timeout,
         on_stray=metrics.stray,

@@ -58,8 +58,8 @@ class Auth(Section):
     a stranger learns nothing and a node tries again; a heartbeat of a legacy REST node gets 503."""
 
     forward: Flag = False
-    """Whether `Authorization` and `X-API-Key` are sent on to the SuperLink. The proof of a node's own key
-    (`flwr-*` headers) always is."""
+    """Whether `Authorization` and `X-API-Key` are sent on to the SuperLink, with or without something in
+    `accept`. The proof of a node's own key (`flwr-*` headers) always is."""
 
     enforce: Flag = True
     """`false` counts the calls that would be refused, and lets them pass."""

@@ -46,7 +46,7 @@ def _auth(settings: "Settings") -> Iterator[Found]:
         accept: Key = (*at, "accept")
         if not listener.auth.accept:
             # That nothing is accepted is meant only where it is written beside it.
-            names = {"strangers", "forward", "enforce"}
+            names = {"strangers", "enforce"}
             if "accept" not in listener.auth.model_fields_set:
                 names = names & listener.auth.model_fields_set
             else:

@@ -16,7 +16,7 @@ from relay.credentials.keys.record import KeyRecord, hashed, pepper_name
 from relay.fleet import Method
 from relay.settings import Settings
 from tests.sockets import CutError, Listener, response
-from tests.test_app import GET_RUN, PULL, V1, ask, running
+from tests.test_app import GET_RUN, PULL, REST, V1, ask, running
 from tests.test_app import settings as settings_for
 
 HEARTBEAT = V1 + "send-node-heartbeat"
@@ -48,6 +48,29 @@ async def test_a_key_lets_in_and_stays_here_in_every_mode_that_serves(tmp_path: 
         await peer.send_all(response(b"\x12\x00"))
         assert (await asking).body == b"\x12\x00"
         assert sent.all(b"authorization") == []
+        assert sent.one(b"flwr-signature") == b"proof"
+
+
+@pytest.mark.parametrize("mode", ["normal", "pass_through"])
+@pytest.mark.parametrize("wire", ["http_v1", "rest_v0"])
+@pytest.mark.parametrize("forward", [False, True])
+async def test_a_credential_that_nobody_asks_for_stays_here_unless_it_is_to_be_sent_on(
+    mode: str, wire: str, forward: bool
+) -> None:
+    given = {"MODE": mode, "UPSTREAM__WIRE": wire}
+    if forward:
+        given["LISTENERS__0__AUTH__FORWARD"] = "true"
+    prefix = V1 if wire == "http_v1" else REST
+    async with Listener() as superlink, running(settings_for(superlink.port, **given)) as (port,):
+        asking = asyncio.create_task(
+            ask(port, prefix + "pull-messages", b"", BASIC, b"X-api-KEY: secret", b"flwr-signature: proof")
+        )
+        peer = await superlink.accept()
+        sent = await peer.message()
+        await peer.send_all(response(b"\x12\x00"))
+        assert (await asking).body == b"\x12\x00"
+        assert len(sent.all(b"authorization")) == forward
+        assert sent.all(b"x-api-key") == ([b"secret"] if forward else [])
         assert sent.one(b"flwr-signature") == b"proof"
 
 

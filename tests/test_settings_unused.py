@@ -41,8 +41,8 @@ SIGNING_FREE = {"wires": ["rest_v0"], "auth": {"accept": ["api_key"]}}
             "listeners[0].auth.strangers = drop: has no effect, because listeners[0].auth.accept is empty",
         ),
         (
-            {"listeners": [{}, {"address": ":81", "auth": {"forward": True}}]},
-            "listeners[1].auth.forward = true: has no effect, because listeners[1].auth.accept is empty",
+            {"listeners": [{}, {"address": ":81", "auth": {"strangers": "refuse"}}]},
+            "listeners[1].auth.strangers = refuse: has no effect, because listeners[1].auth.accept is empty",
         ),
         # Whoever writes it believes that it is so.
         ({"listeners": [{"auth": {"enforce": True}}]}, "listeners[0].auth.enforce = true: has no effect"),
@@ -118,6 +118,7 @@ def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) 
     "tree",
     [
         {"listeners": [{"auth": {"accept": [], "strangers": "refuse", "forward": False, "enforce": True}}]},
+        {"listeners": [{"auth": {"forward": True}}]},
         {**ASKED, "node_keys": {"verify": "local", "window": 9, "ahead": 9}},
         {**GRPC, "limits": {"header_count": 100, "connections": 0, "min_rate": "1KiB", "max_held": "1MiB"}},
         {"upstream": {"standby": [B], "standby_after": 9, "health": {"interval": 9}}},

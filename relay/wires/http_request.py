@@ -137,17 +137,25 @@ class Receiver:
         forwarding: what is believed of proxies.
     """
 
-    def __init__(self, forwarding: Forwarding, limits: Limits, idle_timeout: float) -> None:
+    def __init__(
+        self,
+        forwarding: Forwarding,
+        limits: Limits,
+        idle_timeout: float,
+        withheld: frozenset[bytes] = frozenset(),
+    ) -> None:
         """Receive with these rules.
 
         Args:
             forwarding: what to believe of proxies.
             limits: what a call may cost.
             idle_timeout: seconds that a node may let pass between two pieces of a body.
+            withheld: names in lower case of headers that no call shall have.
         """
         self.forwarding = forwarding
         self.limits = limits
         self._idle_timeout = idle_timeout
+        self._not_passed = _NOT_PASSED | withheld
         self._id_start = os.urandom(6).hex()
         self._ids = count(1)
 
@@ -157,9 +165,10 @@ class Receiver:
         metadata: Metadata = []
         taken: dict[bytes, bytes] = {}
         content_type = b""
+        not_passed = self._not_passed
         for pair in message.raw_headers:
             name = pair[0].lower()
-            if name in _NOT_PASSED:
+            if name in not_passed:
                 taken[name] = taken[name] + b"," + pair[1] if name in taken else pair[1]
                 continue
             if name == b"content-type":
