@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay.exposition import DIRECTORY, bury, exposition
@@ -74,3 +75,37 @@ def test_the_living_are_not_touched(directory: Path) -> None:
     bury(ended)
     assert (directory / f"counter_{living}.db").exists()
     assert sample("relay_strays_total") == 3
+
+
+def test_what_cannot_be_added_up_for_want_of_room_stays_where_it_is(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = worker(1), worker(2)
+    bury(first)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with structlog.testing.capture_logs() as logs:
+        bury(second)
+    assert {line["event"] for line in logs} >= {"counts of an ended worker are not added up"}
+    assert sample("relay_strays_total") == 3
+    assert not list(directory.glob("*.new"))
+
+
+def test_what_cannot_be_read_of_a_worker_is_removed(directory: Path) -> None:
+    ended = worker(1)
+    for content in (b"", b"\xff" * 8, (1 << 16).to_bytes(4, "little") + b"\x07" * 65532):
+        (directory / f"counter_{ended}.db").write_bytes(content)
+        bury(ended)
+        assert not (directory / f"counter_{ended}.db").exists()
+    assert sample("relay_strays_total") == 0
+
+
+def test_nothing_is_raised_when_the_directory_is_gone(directory: Path) -> None:
+    ended = worker(1)
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+    bury(ended)
