@@ -10,10 +10,14 @@ through; the claim before it admits one. It knows successes and failures alone, 
 neither: what says nothing is withheld from its counters (`_Storage.withhold`). And while it is closed and
 nothing has failed, a success changes nothing, so `calling()`, which costs 5 us, is left out: there it records
 what failed. A call that began before the breaker turned is not counted: it tells how things were.
+
+A probe that hangs has failed after PROBE_SECONDS, and the next call may be one. It is not cut off: it may be
+a pull that the SuperLink is about to hand a message to. If it is answered after all, that closes the breaker.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -55,6 +59,10 @@ STATE = Gauge(
 TRANSITIONS = Counter(
     "relay_breaker_transitions", "Times that a circuit breaker changed to this state", ["address", "to"]
 )
+
+
+#: Seconds for a probe: a SuperLink that takes longer has missed the heartbeats of its nodes.
+PROBE_SECONDS = 4.0
 
 
 class Breaker:
@@ -172,11 +180,37 @@ class Breaker:
             # While the claim was another's, its probe may have closed the breaker, or opened it anew.
             self._look()
             with self._breaker.calling():
-                return await self._handler(call)
+                return await self._ask(call)
         except CircuitBreakerError:
             raise self._refusal() from None
+        except _HangsError as hangs:
+            asking = hangs.asking
         finally:
             self._table.release(self._claim)
+        return await self._late(asking)
+
+    async def _ask(self, call: Call) -> Reply:
+        """Pass a probe on. Raises _HangsError if there is no answer in time, or what the handler raises."""
+        asking = asyncio.ensure_future(self._handler(call))
+        try:
+            await asyncio.wait({asking}, timeout=PROBE_SECONDS)
+        except asyncio.CancelledError:
+            asking.cancel()
+            raise
+        if not asking.done():
+            raise _HangsError(asking)
+        return asking.result()
+
+    async def _late(self, asking: asyncio.Future[Reply]) -> Reply:
+        """Wait for the answer to a probe that has failed for want of one; it closes the breaker."""
+        try:
+            reply = await asking
+        except Refusal as refusal:
+            if verdict(refusal) is Verdict.WORKS:
+                self.reset()
+            raise
+        self.reset()
+        return reply
 
     def _refusal(self) -> Refusal:
         return Refusal(Reason.BREAKER_OPEN, "the circuit breaker is open", by=self.address, sent=False)
@@ -186,6 +220,14 @@ class Breaker:
         found = verdict(error)
         self._storage.withhold = found is Verdict.SAYS_NOTHING
         return found is not Verdict.FAILS
+
+
+class _HangsError(Refusal):
+    """For pybreaker: a probe has failed; `asking`, its call, goes on."""
+
+    def __init__(self, asking: asyncio.Future[Reply]) -> None:
+        super().__init__(Reason.UPSTREAM_TIMEOUT)
+        self.asking = asking
 
 
 class _Storage(CircuitBreakerStorage):

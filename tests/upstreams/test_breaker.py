@@ -206,6 +206,77 @@ async def test_after_its_time_one_call_tries_and_closes_it(worker: Worker, call:
     assert worker.upstream.most == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "closes"),
+    [
+        (None, "ok", True),
+        (Refusal(Reason.UPSTREAM_REJECTED, status=404), "upstream_rejected", True),
+        (Refusal(Reason.UPSTREAM_TIMEOUT), "upstream_timeout", False),
+        (NodeGone(), "gone", False),
+    ],
+    ids=repr,
+)
+async def test_a_probe_that_hangs_leaves_it_to_the_next_and_closes_it_when_it_is_answered(
+    worker: Worker,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None,
+    expected: str,
+    *,
+    closes: bool,
+) -> None:
+    monkeypatch.setattr("relay.upstreams.breaker.PROBE_SECONDS", 0.05)
+    await worker.fail(call)
+    await until_due(worker)
+    worker.upstream.hold = asyncio.Event()
+    hanging = [asyncio.ensure_future(worker.ask(call))]
+    for _ in range(2):
+        await asyncio.sleep(0.1)
+        assert (worker.state, worker.breaker.probe_is_due) == (OPEN, False)
+        await until_due(worker)
+        hanging.append(asyncio.ensure_future(worker.ask(call)))
+        await asyncio.sleep(0.005)
+        assert worker.state == HALF_OPEN
+        assert await worker.ask(call) == "breaker_open"
+    assert worker.upstream.at_a_time == 3  # none was cut off
+    await asyncio.sleep(0.1)
+    worker.upstream.error = error
+    worker.upstream.hold.set()
+    for probe in hanging:
+        assert await probe == expected
+    assert worker.state == (CLOSED if closes else OPEN)
+
+
+async def test_a_probe_that_is_cancelled_takes_its_call_with_it(worker: Worker, call: Call) -> None:
+    await worker.fail(call)
+    await until_due(worker)
+    worker.upstream.hold = asyncio.Event()
+    probe = asyncio.ensure_future(worker.ask(call))
+    await asyncio.sleep(0.01)
+    assert worker.upstream.at_a_time == 1
+    probe.cancel()
+    await asyncio.sleep(0.01)
+    assert worker.upstream.at_a_time == 0
+    worker.upstream.hold = None
+    assert await worker.ask(call) == "ok"
+
+
+async def test_what_hung_before_a_reset_does_not_open_it_again(
+    worker: Worker, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.upstreams.breaker.PROBE_SECONDS", 0.05)
+    await worker.fail(call)
+    await until_due(worker)
+    worker.upstream.hold = asyncio.Event()
+    hanging = asyncio.ensure_future(worker.ask(call))
+    await asyncio.sleep(0.1)
+    worker.breaker.reset()
+    worker.upstream.error = DOWN
+    worker.upstream.hold.set()
+    assert await hanging == "upstream_down"
+    assert worker.state == CLOSED
+
+
 async def test_a_probe_that_fails_opens_it_for_as_long_again(worker: Worker, call: Call) -> None:
     await worker.fail(call)
     await until_due(worker)
