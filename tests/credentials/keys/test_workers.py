@@ -21,6 +21,7 @@ from typer.main import get_command
 
 from relay.__main__ import app
 from relay.call import Call, Payload, Reply, Source
+from relay.credentials.keys.redis import KEYS
 from tests.redis_server import RedisServer
 from tests.relay_process import RelayProcess
 from tests.served import Served
@@ -233,6 +234,31 @@ def test_a_relay_that_starts_without_its_keys_refuses_nobody_until_it_has_them(
     assert all_answer(calling.statuses(0, time.monotonic()), 200)
     assert call(relay.port, some).status == 401
     assert relay.metric("relay_calls_total", outcome="unauthenticated") == 1
+
+
+def test_keys_that_redis_evicted_refuse_nobody_and_are_told_of(
+    prepared: Callable[..., RelayProcess], redis: RedisServer
+) -> None:
+    relay = prepared(f"{{redis: '{redis.start().url}'}}")
+    key = keys(relay, "create", "node-a", "--init")
+    with redis.client() as client:
+        kept = client.dump(KEYS)
+        client.delete(KEYS)
+        relay.start()
+        for _ in range(4 * WORKERS):
+            assert call(relay.port, key).status == 200  # nothing now
+            assert call(relay.port, key, HEARTBEAT).status == 503
+        keys(relay, "create", "node-b", "--init", code=1)
+        client.restore(KEYS, 0, kept)
+        time.sleep(EFFECTIVE)
+        assert call(relay.port, "flwr_00000000_" + "0" * 49).status == 401, "they are known"
+        client.delete(KEYS)
+        began = time.monotonic()
+        with Calling(relay.port, key) as calling:
+            time.sleep(EFFECTIVE + WATCH)
+        assert all_answer(calling.statuses(began, time.monotonic()), 200)
+    assert relay.complaints() != []
+    assert all("holds 0 keys where there were 1: restore" in line["problem"] for line in relay.complaints())
 
 
 def test_a_file_that_breaks_keeps_the_keys_of_before_until_it_is_mended(
