@@ -77,13 +77,20 @@ class Auth:
     async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         """Pass a known caller's call on with its identity, without what proved it; or raise a Refusal."""
         if call.identity is None:  # else its wire had to know
-            await self.admit(call)
+            await self._find_out(call)
         if not self._forward:
             call.metadata = without_credentials(call.metadata)
         return await next(call)
 
     async def admit(self, call: Call) -> None:
-        """Find out who calls, or raise a Refusal; of the call only the head is looked at."""
+        """Find out who calls, or raise a Refusal; of the call only the head is looked at.
+
+        Where nobody is refused nothing is done: the chain finds out, and counts it, once.
+        """
+        if self._enforce:
+            await self._find_out(call)
+
+    async def _find_out(self, call: Call) -> None:
         try:
             call.identity = await self._identify(call)
         except Refusal as refusal:

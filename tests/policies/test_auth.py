@@ -239,6 +239,16 @@ async def test_whoever_was_admitted_before_is_not_asked_again_and_what_proved_hi
     assert upstream.calls[0].metadata == without_credentials(HEADERS) != HEADERS
 
 
+async def test_whoever_passes_without_a_credential_is_counted_once_where_he_was_admitted_before(
+    call: Call,
+) -> None:
+    auth = Auth(((Given("a", WRONG_A),),), enforce=False)
+    before = refusals("revoked", "passed")
+    await auth.admit(call)
+    await auth.handle(call, Upstream())
+    assert refusals("revoked", "passed") == before + 1
+
+
 async def test_a_stranger_is_not_admitted(call: Call) -> None:
     auth = Auth(((Given("a", WRONG_A),),))
     with pytest.raises(Refusal) as caught:
