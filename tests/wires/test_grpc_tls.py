@@ -84,22 +84,84 @@ async def test_a_new_certificate_is_taken_up(serve: Callable[..., Awaitable[Show
     assert [line["event"] for line in logs] == ["certificates changed"]
 
 
-@pytest.mark.parametrize("how", ["gone", "not one", "of another key"])
-async def test_a_certificate_that_cannot_be_used_leaves_the_old_one(
-    serve: Callable[..., Awaitable[Shown]], tmp_path: Path, how: str
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("gone", "No such file"),
+        ("no certificate", "relay-key.pem: [SSL]"),
+        ("no key", "relay-key.pem: [SSL]"),
+        ("of another key", "KEY_VALUES_MISMATCH"),
+        ("encrypted", "is encrypted"),
+        ("expired", "has expired at"),
+    ],
+)
+async def test_files_that_cannot_be_used_leave_the_old_ones_until_they_are_repaired(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path, how: str, problem: str
 ) -> None:
     certificate, key = make_pair(tmp_path)
     shown = await serve([(certificate, key)])
     before = serial(certificate)
-    if how == "gone":
-        certificate.unlink()
-    elif how == "not one":
-        certificate.write_text("no certificate")
-    else:
-        other, _ = make_pair(tmp_path, "other")
-        other.replace(certificate)
+    match how:
+        case "gone":
+            certificate.unlink()
+        case "no certificate":
+            certificate.write_text("no certificate")
+        case "no key":
+            key.write_text("no key")
+        case "of another key":
+            other, _ = make_pair(tmp_path, "other")
+            other.replace(certificate)
+        case "encrypted":
+            make_pair(tmp_path, password=b"secret")
+        case _:
+            make_pair(tmp_path, expired=True)
+    with structlog.testing.capture_logs() as logs:
+        assert await shown("localhost") == before
+        assert await shown("localhost") == before
+    (line,) = logs
+    assert line["event"] == "certificates cannot be used; the old ones stay"
+    assert problem in line["problem"]
+    make_pair(tmp_path)
+    with structlog.testing.capture_logs() as logs:
+        assert await shown("localhost") == serial(certificate) != before
+    assert [line["event"] for line in logs] == ["certificates changed"]
+
+
+async def test_a_certificate_waits_for_its_key(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path
+) -> None:
+    """Who renews one writes a file after the other."""
+    certificate, key = make_pair(tmp_path)
+    shown = await serve([(certificate, key)])
+    before = serial(certificate)
+    others = make_pair(tmp_path, "other")
+    others[0].replace(certificate)
     assert await shown("localhost") == before
-    assert await shown("localhost") == before
+    others[1].replace(key)
+    assert await shown("localhost") == serial(certificate) != before
+
+
+async def test_files_that_are_put_back_are_no_change(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path
+) -> None:
+    certificate, key = make_pair(tmp_path)
+    shown = await serve([(certificate, key)])
+    text = certificate.read_bytes()
+    certificate.write_text("no certificate")
+    await shown("localhost")
+    certificate.write_bytes(text)
+    with structlog.testing.capture_logs() as logs:
+        assert await shown("localhost") == serial(certificate)
+    assert logs == []
+
+
+async def test_an_expired_certificate_is_taken_in_place_of_an_expired_one(
+    serve: Callable[..., Awaitable[Shown]], tmp_path: Path
+) -> None:
+    certificate, key = make_pair(tmp_path, expired=True)
+    shown = await serve([(certificate, key)])
+    make_pair(tmp_path, expired=True)
+    assert await shown("localhost") == serial(certificate)
 
 
 async def test_a_certificate_that_could_not_be_read_once_is_taken_up_at_the_next_look(
@@ -134,6 +196,13 @@ async def test_a_certificate_of_the_same_size_and_date_is_taken_up(
         os.utime(mine, ns=(was.st_atime_ns, was.st_mtime_ns))
         assert (mine.stat().st_mtime_ns, mine.stat().st_ino) == (was.st_mtime_ns, was.st_ino)
     assert await shown("localhost") == serial(others[0]) != before
+
+
+def test_a_pair_that_is_none_is_an_error(tmp_path: Path) -> None:
+    certificate, _ = make_pair(tmp_path)
+    _, key = make_pair(tmp_path, "other")
+    with pytest.raises(ValueError, match="KEY_VALUES_MISMATCH"):
+        server_credentials([(certificate, key)])
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
