@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import tempfile
 from contextlib import contextmanager, suppress
 from io import StringIO
@@ -54,11 +55,18 @@ def read(path: Path) -> str:
     """Return the text of a list.
 
     Raises:
-        ListError: it is too long, or no text.
+        ListError: it is too long, no text, or no file.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
+    # Not blocking: that a named pipe stands there must not stop whoever reads for good.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ListError("is no file: write one there")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(MOST_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > MOST_BYTES:
         raise ListError(f"is longer than {MOST_BYTES >> 20} MiB")
     try:

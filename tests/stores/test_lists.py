@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,9 +13,6 @@ from hypothesis import strategies as st
 
 from relay.stores import lists
 from relay.stores.lists import ListError, edit, parse, read, with_line, without_lines
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def number(text: str) -> int:
@@ -28,6 +25,16 @@ def test_lines_with_entries_are_numbered_as_they_stand() -> None:
     assert list(parse("# first\n\n 1 \n2\n   # no\n3", number)) == [(3, 1), (4, 2), (6, 3)]
     with pytest.raises(ListError, match="line 2: must be a number"):
         list(parse("1\nx\n", number))
+
+
+def test_what_is_no_file_is_neither_waited_for_nor_held_open(tmp_path: Path) -> None:
+    """A worker looks once a second."""
+    os.mkfifo(tmp_path / "pipe")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ListError, match="is no file"):
+            read(path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_line_is_added_and_taken_away_and_the_others_stay() -> None:
