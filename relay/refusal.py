@@ -57,7 +57,8 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
         by: the policy or upstream that said it.
         sent: whether a byte of the call may have reached the upstream.
         status: what the upstream answered, if it did.
-        cause: for a refused credential: what is wrong with it, one of few words, so that it can be counted.
+        cause: one of few words, so that it can be counted: what is wrong with a credential that is refused,
+            or what this host wants for where the SuperLink is not at fault.
     """
 
     def __init__(
@@ -77,6 +78,17 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
         self.sent = sent
         self.status = status
         self.cause = cause
+
+    def forget(self) -> None:
+        """Let go of the frames that it came through; to be called when the call has ended.
+
+        They hold the call, which holds how it ended, which holds this. When calls are refused by the thousand,
+        memory would grow until the collector of cycles looks at old objects.
+        """
+        error: BaseException | None = self
+        while error is not None:
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
 
 
 class NodeGone(Exception):  # noqa: N818 - it names the event

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import structlog
 
 from relay.refusal import Refusal
+from relay.upstreams.local_fault import NO_NAME, is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +73,10 @@ class Check:
 
     async def _run(self) -> None:
         try:
-            why = await self.ask()
+            try:
+                why = await self.ask()
+            except Refusal:
+                return  # another worker may have the next turn
             if why is None:
                 before, _ = self._table.change(self._pool.name, _up)
                 if before.down:
@@ -86,7 +90,11 @@ class Check:
             self._asking = None
 
     async def ask(self) -> str | None:
-        """Ask once; return what is wrong, None if nothing is."""
+        """Ask once; return what is wrong, None if nothing is.
+
+        Raises:
+            Refusal: this worker cannot ask, which says nothing about the address.
+        """
         path, status = self._question
         try:
             async with asyncio.timeout(self._timeout):
@@ -94,6 +102,9 @@ class Check:
         except TimeoutError:
             return f"no answer within {self._timeout:g} s"
         except Refusal as refusal:
+            # A name that stands for nothing is as good as gone: it would be for all.
+            if is_local(refusal) and refusal.cause != NO_NAME:
+                raise
             return refusal.detail
         return None if found == status else f"GET {path} was answered with {found}"
 

@@ -3,7 +3,7 @@
 An address is ejected after some failures in a row, for a time that doubles with each ejection in a row, up to
 a bound. A failure is: no connection, no answer in time, 502, 503 or 504. A 4xx is an answer like any other:
 the SuperLink is there. What says nothing about the SuperLink (the node left, a worker has no connection to
-spare, an answer that makes no sense) neither counts nor ends a row.
+spare or cannot open one, an answer that makes no sense) neither counts nor ends a row.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import structlog
 from prometheus_client import Counter
 
 from relay.refusal import Reason, Refusal
+from relay.upstreams.local_fault import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,7 @@ class Verdict(enum.Enum):
 
 def verdict(error: BaseException) -> Verdict:
     """Return what an exchange that ended in `error` says about its address."""
-    if not isinstance(error, Refusal):
+    if not isinstance(error, Refusal) or is_local(error):
         return Verdict.SAYS_NOTHING
     if error.status is not None:
         if error.status in (502, 503, 504):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from relay.refusal import Reason, Refusal
 from relay.upstreams.connection import Connection
+from relay.upstreams.local_fault import NO_NAME, LocalFaults, local_fault
 
 if TYPE_CHECKING:
     import ssl
@@ -81,6 +82,7 @@ class Pool:
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
         self._failure: str | None = None
+        self._local_faults = LocalFaults(self.name)
 
     def state(self) -> dict[str, object]:
         """Return what an operator wants to see; `last_failure` is None once a connection was opened again."""
@@ -191,31 +193,43 @@ class Pool:
 
     async def _dial_with(self, make: Callable[[], _P]) -> tuple[asyncio.Transport, _P]:
         """Open a connection to the first address that takes one."""
-        target, resolver = self.target, self.resolver
-        tried = target.host
+        resolver, tried = self.resolver, list[str]()
         try:
             async with asyncio.timeout(self._connect_timeout):
                 if resolver is None:
-                    return await self._open_to(tried, make)
-                *others, last = await resolver.addresses()
-                for tried in others:
-                    try:
-                        opened = await self._open_to(tried, make)
-                    except OSError:
-                        resolver.failed(tried)
-                    else:
-                        resolver.connected(tried)
-                        return opened
-                tried = last
-                opened = await self._open_to(tried, make)
-                resolver.connected(tried)
-                return opened
+                    return await self._open_to(self.target.host, make)
+                return await self._try_all(resolver, tried, make)
         except TimeoutError:
+            if resolver is not None and not tried:
+                detail = f"no address of {self.target.host} within {self._connect_timeout:g} s"
+                raise self._local_faults.refusal(NO_NAME, detail) from None
             if resolver is not None:
-                resolver.failed(tried)
+                resolver.failed(tried[-1])
             raise self._down(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, UnicodeError) as error:  # ssl.SSLError and socket.gaierror are the first
+            if cause := local_fault(error):
+                raise self._local_faults.refusal(cause, f"no connection: {error}") from error
             raise self._down(f"no connection: {error}") from error
+
+    async def _try_all(
+        self, resolver: Resolver, tried: list[str], make: Callable[[], _P]
+    ) -> tuple[asyncio.Transport, _P]:
+        """Try the addresses of a name, one after the other, and note in `tried` which those were."""
+        *others, last = await resolver.addresses()
+        for address in (*others, last):
+            tried.append(address)
+            try:
+                opened = await self._open_to(address, make)
+            except OSError as error:
+                if local_fault(error):
+                    raise
+                resolver.failed(address)
+                if address == last:
+                    raise
+            else:
+                resolver.connected(address)
+                return opened
+        raise AssertionError("a name has an address")
 
     async def _open_to(self, address: str, make: Callable[[], _P]) -> tuple[asyncio.Transport, _P]:
         target = self.target

@@ -74,6 +74,11 @@ async def test_a_closed_port_is_a_miss(make_pool: MakePool) -> None:
     assert "no connection" in (await check(make_pool(port=gone.port), UpstreamTable()).ask() or "")
 
 
+async def test_a_name_that_stands_for_nothing_is_a_miss(make_pool: MakePool) -> None:
+    found = await check(make_pool(host="nobody.invalid", port=1), UpstreamTable()).ask()
+    assert "no connection" in (found or "")
+
+
 async def test_an_address_is_down_after_misses_in_a_row_and_up_with_the_first_answer(
     make_pool: MakePool,
 ) -> None:

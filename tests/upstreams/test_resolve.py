@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from relay.refusal import Refusal
+from relay.refusal import Reason, Refusal
 from relay.stores.upstreams import UpstreamTable
 from relay.upstreams.resolve import Resolver, is_name
 from tests.sockets import Listener, until
@@ -196,9 +196,33 @@ async def test_a_pool_whose_name_stands_for_nothing_is_down(
 ) -> None:
     pool = make_pool(host="superlink")
     pool.resolver = Made(Names(), table).resolver
-    with pytest.raises(Refusal, match="not known"):
+    with pytest.raises(Refusal, match="not known") as caught:
         await pool.acquire()
+    assert caught.value.cause == "no_name"
     assert pool.state()["connections"] == 0
+
+
+async def test_a_name_server_that_hangs_is_not_the_superlinks_fault(
+    make_pool: MakePool, table: UpstreamTable
+) -> None:
+    made = Made(Names(), table)
+    made.loop.getaddrinfo = lambda *_, **__: asyncio.sleep(9)  # type: ignore[assignment]
+    pool = make_pool(host="superlink", connect_timeout=0.05)
+    pool.resolver = made.resolver
+    with pytest.raises(Refusal, match="no address of superlink within") as caught:
+        await pool.acquire()
+    assert caught.value.cause == "no_name"
+    made.resolver.close()
+
+
+async def test_an_address_whose_name_is_known_and_takes_no_connection_is_at_fault(
+    make_pool: MakePool, table: UpstreamTable
+) -> None:
+    pool = make_pool(host="superlink")
+    pool.resolver = Made(Names("127.0.0.9"), table).resolver
+    with pytest.raises(Refusal) as caught:
+        await pool.acquire()
+    assert (caught.value.reason, caught.value.cause) == (Reason.UPSTREAM_DOWN, "")
 
 
 async def test_a_pool_tries_another_address_after_one_that_swallows_everything(
