@@ -1,7 +1,8 @@
 """The sections of the settings about TLS: certificates of the relay, and what is asked of those of nodes."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 
 _NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", re.ASCII)
+
+
+#: Bits of the widest networks that are private: 10.0.0.0/8 and fc00::/7.
+_PRIVATE_BITS = {4: 8, 6: 7}
 
 
 def _check_name(name: str) -> str:
@@ -206,6 +211,24 @@ def _forwarded(listener: "Listener", at: Key) -> Iterator[Found]:
     if header != "off" and not listener.trusted_proxies:
         message = "has no effect, because trusted_proxies is empty: name the proxies that set it"
         yield ((*at, "client_certificate_header"), (*at, "trusted_proxies")), header, message
+    if header != "off" and _accepts(listener) and (wide := widest(listener.trusted_proxies)) is not None:
+        message = (
+            f"lets anybody in under any name: what stands in {header} is believed from all of it. Name the"
+            " addresses of the proxies alone"
+        )
+        keys = ((*at, "trusted_proxies"), (*at, "client_certificate_header"), (*at, "auth", "accept"))
+        yield keys, str(wide), message
+
+
+def widest(networks: Iterable[IPv4Network | IPv6Network]) -> IPv4Network | IPv6Network | None:
+    """Return a network among these that can be none of proxies: it is wider than any private one."""
+    networks = list(networks)
+    # Two halves are as much as the whole.
+    found: list[IPv4Network | IPv6Network] = [
+        *collapse_addresses(network for network in networks if isinstance(network, IPv4Network)),
+        *collapse_addresses(network for network in networks if isinstance(network, IPv6Network)),
+    ]
+    return next((network for network in found if network.prefixlen < _PRIVATE_BITS[network.version]), None)
 
 
 def _accepts(listener: "Listener") -> bool:

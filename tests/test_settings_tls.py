@@ -178,6 +178,38 @@ def test_a_header_of_nobody_has_no_effect(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("networks", "said"),
+    [
+        (["0.0.0.0/0"], "0.0.0.0/0"),
+        (["10.0.0.1", "::/0"], "::/0"),
+        (["0.0.0.0/1", "128.0.0.0/1"], "0.0.0.0/0"),
+        (["64.0.0.0/3"], "64.0.0.0/3"),
+        (["2000::/3"], "2000::/3"),
+        (["10.0.0.0/8", "fc00::/7", "192.0.2.0/24"], None),
+    ],
+)
+@pytest.mark.parametrize("accept", ["certificate", "certificate+node_signature"])
+def test_nobody_but_proxies_says_whose_certificate_it_is(
+    tmp_path: Path, networks: list[str], said: str | None, accept: str
+) -> None:
+    listener = {
+        "trusted_proxies": networks,
+        "client_certificate_header": "Client-Cert",
+        "auth": {"accept": [accept]},
+    }
+    tree = {"listeners": [listener], **ALLOWS}
+    if said is None:
+        assert loaded(tmp_path, tree).listeners[0].trusted_proxies
+        return
+    assert problems(tmp_path, tree) == [
+        (
+            f"listeners[0].trusted_proxies = {said}: lets anybody in under any name: what stands in"
+            " Client-Cert is believed from all of it. Name the addresses of the proxies alone"
+        )
+    ]
+
+
 def test_a_certificate_must_be_able_to_come_and_to_be_let_in(tmp_path: Path) -> None:
     assert problems(tmp_path, {"listeners": [ACCEPTS]}) == [
         (

@@ -1,4 +1,4 @@
-"""Files that the relay's user alone should be able to read: who else may, for `flwr-relay check`."""
+"""What is open to everybody and should not be, for `flwr-relay check`: files, and what is said of callers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from relay.settings_source import dotted
+from relay.settings_tls import widest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,7 @@ _OTHERS = 0o006
 
 
 def check(settings: Settings, config: Path | None) -> None:
-    """Warn of each file that everybody on this host may read or change.
+    """Warn of each file that everybody on this host may read or change, and of proxies that anybody may be.
 
     Args:
         settings: the whole tree.
@@ -38,6 +39,15 @@ def check(settings: Settings, config: Path | None) -> None:
             done = "changed" if mode & 0o002 else "read"
             typer.echo(
                 f"{name}: warning: {path} can be {done} by everybody on this host: chmod o= {path}", err=True
+            )
+
+    for index, listener in enumerate(settings.listeners):
+        if (network := widest(listener.trusted_proxies)) is not None:
+            name = dotted(("listeners", index, "trusted_proxies"))
+            typer.echo(
+                f"{name}: warning: {network} lets anybody say whose call it is: name the addresses of the"
+                " proxies alone",
+                err=True,
             )
 
 

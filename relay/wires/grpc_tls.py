@@ -72,7 +72,7 @@ class _Files:
         return [(key.read_bytes(), certificate.read_bytes()) for certificate, key in self._pairs]
 
     def _sound(self) -> list[x509.Certificate]:
-        """Return the certificates without their chains. Raises OSError or ValueError if one cannot be used."""
+        """Return the certificates without chains. Raises OSError or ValueError if one cannot be used."""
         leaves, now = [], time.time()
         for index, (certificate, key) in enumerate(self._pairs):
             try:

@@ -72,6 +72,17 @@ def test_each_file_that_others_may_read_or_change_is_named(tmp_path: Path) -> No
         path.chmod(0o600)
 
 
+def test_proxies_that_anybody_may_be_are_named(tmp_path: Path) -> None:
+    config = tmp_path / "relay.yaml"
+    listeners = [{"trusted_proxies": ["10.0.0.0/8"]}, {"address": ":81", "trusted_proxies": ["::/0"]}]
+    config.write_text(yaml.safe_dump({"listeners": listeners}))
+    (line,) = check(config)
+    assert line == (
+        "listeners[1].trusted_proxies: warning: ::/0 lets anybody say whose call it is: name the addresses of"
+        " the proxies alone"
+    )
+
+
 def test_settings_without_a_password_may_be_read(tmp_path: Path) -> None:
     config = tmp_path / "relay.yaml"
     config.write_text("redelivery: {redis: 'redis://redis.example/0'}\n")
