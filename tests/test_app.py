@@ -393,6 +393,22 @@ async def test_calls_share_as_many_connections_as_were_set_and_wait_for_one_as_l
         assert len(superlink.peers) == 1
 
 
+async def test_the_superlink_is_given_as_many_calls_at_a_time_as_were_set() -> None:
+    chosen = {"SHED__MODE": "fixed", "SHED__LIMIT": "4"}
+    async with Listener() as superlink, running(settings(superlink.port, **chosen)) as (port,):
+        asking = [asyncio.create_task(ask(port, GET_RUN)) for _ in range(5)]
+        peers = [await superlink.accept() for _ in range(4)]
+        for peer in peers:
+            await peer.message()
+        await asyncio.sleep(0.1)
+        assert len(superlink.peers) == 4
+        await peers[0].send_all(response(b"\x08\x07"))
+        await peers[0].message()
+        for peer in peers:
+            await peer.send_all(response(b"\x08\x07"))
+        assert [answer.body for answer in await asyncio.gather(*asking)] == [b"\x08\x07"] * 5
+
+
 async def test_a_superlink_that_is_not_there_costs_no_node_its_life() -> None:
     async with Listener() as gone:
         pass
