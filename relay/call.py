@@ -223,6 +223,8 @@ class Call:
         self._ended = ending
         for tell in self._endings:
             tell(self, ending)
+        if ending.refusal is not None:
+            ending.refusal.forget()
 
 
 class Reply:

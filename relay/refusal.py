@@ -82,8 +82,8 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
     def forget(self) -> None:
         """Let go of the frames that it came through; to be called when the call has ended.
 
-        They hold the call, which holds how it ended, which holds this. When calls are refused by the thousand,
-        memory would grow until the collector of cycles looks at old objects.
+        They hold the call, which holds how it ended, which holds this. When calls are refused by the
+        thousand, memory would grow until the collector of cycles looks at old objects.
         """
         error: BaseException | None = self
         while error is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -167,3 +168,27 @@ def test_a_question_ends_with_the_call_that_it_is_asked_for(make_call: Callable[
     assert told == [(call, "ok")]
     question.on_end(lambda ended, ending: told.append((ended, ending.outcome)))
     assert len(told) == 2
+
+
+def test_a_refusal_lets_go_of_its_call_when_that_has_ended(make_call: MakeCall) -> None:
+    """Else each refused call is a cycle, by way of the frames of its traceback."""
+
+    def send(call: Call) -> None:
+        try:
+            raise OSError(f"no connection for {call.method}")
+        except OSError:
+            raise Refusal(Reason.UPSTREAM_DOWN, by="test") from None
+
+    def handle(call: Call) -> None:
+        try:
+            send(call)
+        except Refusal as refusal:
+            call.end(Ending("upstream_down", seconds=0.1, refusal=refusal))
+
+    gc.collect()
+    gc.disable()
+    try:
+        handle(make_call(Method.PULL_MESSAGES))
+        assert [found for found in gc.get_objects() if isinstance(found, Call)] == []
+    finally:
+        gc.enable()
