@@ -120,12 +120,13 @@ class CertificateRule(Section):
     run of characters: `DNS:*.nodes.example`, `URI:spiffe://example/site/*`, `subject:*`."""
 
     name: Annotated[str, BeforeValidator(_template), Doc("text")] = "{match}"
-    """Name of the caller, for logs and limits. `{match}` is what the rule matched, `{CN}`, `{DNS}`,
-    `{URI}`, `{IP}` and `{email}` are the first such name of the certificate; a rule does not match one
-    that has none."""
+    """Name of the caller, for logs, `flwr-relay nodes` and quarantine. `{match}` is what the rule matched,
+    `{CN}`, `{DNS}`, `{URI}`, `{IP}` and `{email}` are the first such name of the certificate; a rule does
+    not match one that has none."""
 
     tenant: Annotated[str, Doc("text")] = ""
-    """Group that shares limits and caches."""
+    """Group that the caller is of. It stands beside the name in logs, in `flwr-relay nodes` and in the
+    quarantine list, where two groups may have the same name; it has no limits of its own."""
 
     labels: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs), Doc("mapping", dict)] = ()
     """What else is to be known of the caller, as texts by name."""

@@ -18,6 +18,9 @@ Config = Annotated[
     typer.Option("--config", "-c", envvar="RELAY_CONFIG", help="YAML file with the settings."),
 ]
 
+#: What is said of `--tenant` wherever a credential is made.
+TENANT = "Group that the node is of, beside its name in logs, nodes and quarantine."
+
 #: Exit codes besides 0: what must answer or be written to does not or cannot; the settings are wrong.
 UNREACHABLE = 1
 INVALID = 2

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from relay.commands.common import INVALID, UNREACHABLE, Config, read_settings
+from relay.commands.common import INVALID, TENANT, UNREACHABLE, Config, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ Name = Annotated[
 IdOrName = Annotated[
     str, typer.Argument(metavar="ID|NAME", help="Which key: its id, or the name it was made for.")
 ]
-Tenant = Annotated[str, typer.Option(help="Group that shares limits and caches.")]
+Tenant = Annotated[str, typer.Option(help=TENANT)]
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlencode
 import typer
 from click.core import ParameterSource
 
-from relay.commands.common import INVALID, UNREACHABLE, Config, read_settings
+from relay.commands.common import INVALID, TENANT, UNREACHABLE, Config, read_settings
 from relay.commands.listed import (
     NOT_FOUND,
     RefusedError,
@@ -134,7 +134,7 @@ def allow(
     *,
     config: Config = None,
     name: Annotated[str | None, typer.Option(help="Who the node is; the key's comment by default.")] = None,
-    tenant: Annotated[str, typer.Option(help="Group that shares limits and caches.")] = "",
+    tenant: Annotated[str, typer.Option(help=TENANT)] = "",
     label: Annotated[
         list[str] | None, typer.Option(help="key=value, kept beside the key; may be repeated.")
     ] = None,

@@ -5,9 +5,9 @@ A line is a public key as `ssh-keygen -t ecdsa -b 384` makes it, which is also w
 
     [tenant=T,label=value,...] ecdsa-sha2-nistp384 AAAA... [name]
 
-The name is who the node is for limits, logs and audit; without one it is the key's fingerprint. The options
-before the key are its tenant and labels. `#` begins a comment line. A list without any key cannot be used: it
-would shut down every node. Its fingerprint is OpenSSH's, as `ssh-keygen -lf FILE` prints it.
+The name is who the node is for logs, the inventory and quarantine; without one it is the key's fingerprint.
+The options before the key are its tenant and labels. `#` begins a comment line. A list without any key cannot
+be used: it would shut down every node. Its fingerprint is OpenSSH's, as `ssh-keygen -lf FILE` prints it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from relay.commands.common import INVALID, read_settings
+from relay.__main__ import app
+from relay.commands.common import INVALID, TENANT, read_settings
+from relay.settings import CertificateRule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +27,15 @@ def test_the_variables_that_are_given_count_and_else_those_of_the_process(
     settings = read_settings(path, {"RELAY_WORKERS": "5"})
     assert (settings.workers, settings.mode) == (5, "normal")
     assert read_settings(None, {}).mode == "normal"
+
+
+@pytest.mark.parametrize("command", [["keys", "create"], ["nodes", "allow"]])
+def test_nothing_is_promised_of_a_tenant_but_that_it_is_shown(command: list[str]) -> None:
+    said = " ".join(CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300"}).output.split())
+    assert TENANT in said
+    for text in (said, *(str(field.description) for field in CertificateRule.model_fields.values())):
+        assert "shares limits" not in text
+        assert "caches" not in text
 
 
 def test_every_problem_is_printed_and_nothing_goes_on(

@@ -5,7 +5,7 @@
 
     id          the public part of the key
     name        who has it: letters, digits, dot, hyphen and underscore; also the user name of HTTP Basic
-    tenant      the group that shares limits and caches; left out if there is one only
+    tenant      the group that the caller is of; left out if there is one only
     labels      what the operator wants to know of it; left out if nothing
     hash        of the secret part: `sha256:<hex>`, or `hmac-sha256:<pepper>:<hex>` where <pepper> names, and
                 does not tell, the secret of `keys.pepper_file`
