@@ -100,11 +100,16 @@ def test_the_forwarded_header_is_in_the_syntax_of_its_rfc_whatever_the_host_is(
 ) -> None:
     _, headers = resolve(direct, host, tls=tls)
     element = parsed(headers[b"forwarded"])
-    assert list(element) == [b"for", b"host", b"proto"]
+    assert list(element) == ([b"for", b"host", b"proto"] if host else [b"for", b"proto"])
     assert NODE_ID.fullmatch(element[b"for"])
     assert element[b"for"].strip(b"[]").decode() == direct
-    assert element[b"host"] == host
+    assert element.get(b"host", b"") == host
     assert element[b"proto"] == (b"https" if tls else b"http")
+
+
+def test_nothing_is_said_of_a_host_that_nobody_knows() -> None:
+    _, headers = resolve(host=b"")
+    assert headers[b"forwarded"] == b"for=203.0.113.9;proto=http"
 
 
 @pytest.mark.parametrize("host", [b'a";for="127.0.0.1', b"a;for=127.0.0.1", b"a, for=127.0.0.1", b'\\";by=x'])
