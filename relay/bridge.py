@@ -119,6 +119,8 @@ def _header(key: str) -> _Name | None:
     # A gRPC client's name is one to an HTTP server's log as well.
     if key in _HTTP_ONLY - {"user-agent"} or key.startswith("grpc-") or not _NAME.fullmatch(key):
         return None
+    if f"{key}{_BIN}" in _PROOF:
+        return None  # in gRPC a proof has other names: a SuperLink would not look at this one
     return _Name(_PROOF.get(key, key.encode("ascii")), key.endswith(_BIN))
 
 

@@ -62,6 +62,14 @@ def test_a_proof_under_its_grpc_name_does_not_come_in_over_http(name: bytes) -> 
     assert bridge.to_metadata([(name, b64encode(SIGNATURE)), *PROOF_HEADERS]) == PROOF
 
 
+@pytest.mark.parametrize("name", ["flwr-public-key", "flwr-signature"])
+def test_a_proof_under_its_http_name_does_not_come_in_over_grpc(name: str) -> None:
+    """No SuperLink on gRPC looks at it, so nobody may be let in by it."""
+    forged = b64encode(b"forged").decode()
+    assert bridge.to_headers([(name, forged), *PROOF, (name, forged)]) == PROOF_HEADERS
+    assert bridge.to_headers([(name, forged)]) == []
+
+
 def test_names_are_lower_case_in_grpc() -> None:
     assert bridge.to_metadata([(b"X-Forwarded-For", b"192.0.2.7"), (b"Flwr-Package-Name", b"flwr")]) == [
         ("x-forwarded-for", "192.0.2.7"),
