@@ -27,7 +27,6 @@ from relay.wires.grpc_message import Incoming, Message, Messages
 from relay.wires.grpc_rpc import Rpc
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from grpc import aio
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from relay.pipeline import Handler
     from relay.quota import Quota
     from relay.wires.forwarded import Forwarding
+    from relay.wires.grpc_tasks import RpcTask
 
 log = structlog.get_logger("relay.wires.grpc")
 
@@ -105,7 +105,7 @@ class GrpcFront:
         self._admit = admit
         self.stray = on_stray
         self.in_flight = 0
-        self.left: set[asyncio.Task[bytes]] = set()
+        self.left: set[RpcTask] = set()
         self.cutting = False
         self._id_start = os.urandom(6).hex()
         self._ids = count(1)
@@ -181,8 +181,9 @@ class GrpcFront:
     ) -> bytes:
         """Answer the call, or abort it as the dialect says."""
         try:
-            asking = self._ask(rpc, call, handler)
-            data = await (rpc.outlast(call, asking) if call.method.kind is Kind.PULL else asking)
+            if call.method.kind is Kind.PULL:
+                rpc.outlast(call)
+            data = await self._ask(rpc, call, handler)
         except Refusal as refusal:
             return await self._refused(rpc, call, refusal, context)
         except Exception as error:
@@ -191,6 +192,8 @@ class GrpcFront:
             return await self._refused(rpc, call, Refusal(Reason.INTERNAL, repr(error)), context)
         reply = rpc.reply
         assert reply is not None  # noqa: S101 - it has just been asked for its bytes
+        if rpc.left:
+            return b""  # gRPC knows that nobody waits for it
         rpc.sent = len(data)
         trailing = bridge.to_metadata(reply.metadata)
         if reply.status != 200:
@@ -229,7 +232,10 @@ class GrpcFront:
     async def _refused(
         self, rpc: Rpc, call: Call, refusal: Refusal, context: aio.ServicerContext[bytes, bytes]
     ) -> bytes:
-        rpc.outcome, rpc.refusal, rpc.reply = refusal.reason.value, refusal, None
+        rpc.outcome, rpc.refusal = refusal.reason.value, refusal
+        if rpc.left:
+            return b""
+        rpc.reply = None
         trailing = (("x-request-id", call.request_id),)
         return await self._render(call.wire, refusal.reason, call.method, context, trailing)
 

@@ -6,7 +6,8 @@ there is of the message are the bytes that gRPC takes unasked. What may be long 
 before it is received.
 
 gRPC does not say how much of a message has come. So whether one comes as fast as it must is seen from what
-its connection has brought, which the kernel counts, shared among all messages that are waited for on it.
+its connection has brought, which the kernel counts, shared among all messages that are waited for on it. And
+so is whether it keeps to its share (`grpc_arrivals`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from grpc import aio
 
 from relay.call import Payload, View
 from relay.limits import Limits, Pace
+from relay.quota import GUESS
 from relay.refusal import Reason, Refusal
 from relay.wires import grpc_sockets
+from relay.wires.grpc_arrivals import Arrivals
 
 if TYPE_CHECKING:
     from relay.call import Body
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 SMALL = 64 * 1024
 #: Seconds in which gRPC tells that a node has left; that there is no message it tells before.
 _TO_HEAR = 0.1
+#: Addresses whose next message is known to be long.
+_MOST_EXPECTED = 1024
 
 
 class Message(Payload):
@@ -70,6 +75,8 @@ class Incoming:
 
     Attributes:
         peer: who sends it, in gRPC's words.
+        limit: most bytes that it may have.
+        started: `time.monotonic()` when it was asked for.
         waits: whether it waits for its share of the quota first.
     """
 
@@ -77,13 +84,14 @@ class Incoming:
         "_before",
         "_context",
         "_fault",
-        "_limit",
         "_looked",
         "_messages",
         "_pace",
         "_rpc",
         "_task",
+        "limit",
         "peer",
+        "started",
         "waits",
     )
 
@@ -109,7 +117,8 @@ class Incoming:
         self._context = context
         self.peer = peer
         self.waits = False
-        self._limit = limit
+        self.limit = limit
+        self.started = 0.0
         self._task: asyncio.Task[object] | None = None
         self._fault: Refusal | None = None
         self._pace: Pace | None = None
@@ -123,14 +132,17 @@ class Incoming:
             Refusal: MALFORMED if there is none, or if it comes too slowly; TOO_LARGE; OVERLOADED if it got no
                 share of the quota.
         """
-        started = time.monotonic()
+        started = self.started = time.monotonic()
+        messages = self._messages
         if self.waits:
-            await self._rpc.take()
+            await self._rpc.take(messages.expected.pop(self.peer.rpartition(":")[0], GUESS))
         task = self._task = asyncio.current_task()
-        waiting = self._messages.waiting
-        waiting.add(self)
+        messages.waiting.add(self)
+        messages.arrivals.watch(messages.waiting)
+        size = 0
         try:
             message: bytes = await self._context.read()
+            size = len(message) if message is not aio.EOF else 0
             if message is aio.EOF:
                 await asyncio.sleep(_TO_HEAR)
         except asyncio.CancelledError:
@@ -138,14 +150,14 @@ class Incoming:
                 raise
             raise self._fault from None
         finally:
-            waiting.discard(self)
+            messages.waiting.discard(self)
+            messages.arrivals.came(self.peer, size)
             self._task = None
         if message is aio.EOF:
             raise Refusal(Reason.MALFORMED, "no message, or one that gRPC refused", by="wire", sent=False)
-        size = len(message)
         self._rpc.received(size, time.monotonic() - started)
-        if size > self._limit:
-            detail = f"{size} bytes, at most {self._limit}"
+        if size > self.limit:
+            detail = f"{size} bytes, at most {self.limit}"
             raise Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
         return message
 
@@ -167,16 +179,47 @@ class Incoming:
         limits, idle_timeout = self._messages.limits, self._messages.idle_timeout
         if self._pace is None:
             self._pace = Pace(limits.min_rate, limits.rate_window)
-        elif self._limit <= SMALL or brought is None or self._before is None or brought <= self._before:
+        elif self.limit <= SMALL or brought is None or self._before is None or brought <= self._before:
             self._give_up(f"no whole message within {idle_timeout:g} s, or nothing more of it")
         elif not self._pace.holds(now - self._looked, (brought - self._before) // crowd):
             self._give_up("the message comes slower than limits.min_rate")
         self._before, self._looked = brought, now
 
     def _give_up(self, why: str) -> None:
-        if self._task is not None:
-            self._fault = Refusal(Reason.MALFORMED, why, by="wire", sent=False)
+        self.refuse(Refusal(Reason.MALFORMED, why, by="wire", sent=False))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Wait for it no longer; its reader gets this."""
+        if self._task is not None and self._fault is None:
+            self._fault = refusal
             self._task.cancel()
+
+    # -- its share of the quota ---------------------------------------------------------------------
+
+    @property
+    def long(self) -> bool:
+        """Whether it may be longer than what comes with the head of a call."""
+        return self.limit > SMALL
+
+    @property
+    def room(self) -> int:
+        """Bytes that it may have without asking for more."""
+        return max(self._rpc.share.size, SMALL) if self.long else self.limit
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has outgrown all that may be held."""
+        return self._rpc.share.outgrown
+
+    def grow_at_once(self, more: int) -> bool:
+        """Take so many bytes more for it, if that may be at this moment; return whether."""
+        return self._rpc.share.grow_at_once(min(self.room + more, max(self.limit, self.room)))
+
+    def expect(self, size: int) -> None:
+        """Have the next message from this address take so much before it is received."""
+        expected = self._messages.expected
+        if len(expected) < _MOST_EXPECTED:
+            expected[self.peer.rpartition(":")[0]] = min(size, self.limit)
 
 
 class Messages:
@@ -186,6 +229,8 @@ class Messages:
         limits: what they must keep to.
         idle_timeout: seconds in which something of each must come.
         waiting: them.
+        arrivals: what comes of them.
+        expected: what a message took that was put off, by the address that it came from: it comes again.
     """
 
     def __init__(self, limits: Limits, idle_timeout: float) -> None:
@@ -193,6 +238,8 @@ class Messages:
         self.limits = limits
         self.idle_timeout = idle_timeout
         self.waiting: set[Incoming] = set()
+        self.arrivals = Arrivals()
+        self.expected: dict[str, int] = {}
 
     async def tick(self) -> None:
         """Give up those that come too slowly; to be called once a second."""

@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
-from relay import quota
 from relay.call import Call, Ending, Reply, Source
 from relay.fleet import Kind
+from relay.quota import GUESS, Share
 from relay.refusal import Reason, Refusal
+from relay.wires.grpc_tasks import RpcTask
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Awaitable
 
     from grpc import aio
 
@@ -36,13 +38,16 @@ class Rpc:
         reply, refusal, outcome, sent: what became of it so far.
         started: `time.monotonic()` at its head.
         patient: whether its node has set it no end.
+        left: whether its node has left, and it goes on.
     """
 
     __slots__ = (
         "_front",
-        "_left",
-        "_taken",
+        "_share",
+        "_task",
+        "_timer",
         "call",
+        "left",
         "outcome",
         "patient",
         "refusal",
@@ -54,8 +59,10 @@ class Rpc:
     def __init__(self, front: GrpcFront, context: aio.ServicerContext[bytes, bytes]) -> None:
         """Stand for the call of `context`."""
         self._front = front
-        self._taken = 0
-        self._left = False
+        self._share: Share | None = None
+        self._task: RpcTask | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.left = False
         self.call: Call | None = None
         self.outcome = ""
         self.refusal: Refusal | None = None
@@ -82,70 +89,77 @@ class Rpc:
 
     # -- its share of the quota ---------------------------------------------------------------------
 
-    async def take(self, size: int = quota.GUESS) -> None:
+    @property
+    def share(self) -> Share:
+        """What the call holds of the quota; nothing before it was taken."""
+        if self._share is None:
+            self._share = Share(self._front.held)
+        return self._share
+
+    async def take(self, size: int = GUESS) -> None:
         """Take a share of the quota, until the call is over.
 
         Raises:
             Refusal: OVERLOADED if there is none for as long as the node can wait.
         """
-        held = self._front.held
-        if not held.take_at_once(size):
-            patience = self.call.deadline - time.monotonic() if self.call is not None else None
-            try:
-                async with asyncio.timeout(patience):
-                    await held.take(size)
-            except TimeoutError:
-                detail = "limits.max_held bytes are held already"
-                raise Refusal(Reason.OVERLOADED, detail, by="wire", sent=False) from None
-        self._taken = size
+        if not self.share.take_at_once(size):
+            await self._wait(self.share.take(size))
+
+    async def grow(self, size: int) -> None:
+        """Have a share of so many bytes, if it is smaller. Raises what `take` raises."""
+        if not self.share.grow_at_once(size):
+            await self._wait(self.share.grow(size))
 
     def settle(self, size: int) -> None:
         """Hold as much as there really is."""
-        self._taken = self._front.held.settle(self._taken, size)
+        self.share.settle(size)
+
+    async def _wait(self, taking: Awaitable[None]) -> None:
+        patience = self.call.deadline - time.monotonic() if self.call is not None else None
+        try:
+            async with asyncio.timeout(patience):
+                await taking
+        except TimeoutError:
+            detail = "limits.max_held bytes are held already"
+            raise Refusal(Reason.OVERLOADED, detail, by="wire", sent=False) from None
 
     # -- its end ------------------------------------------------------------------------------------
 
-    async def outlast(self, call: Call, asking: Coroutine[None, None, bytes]) -> bytes:
-        """Return what `asking` returns; should the node leave first, see it to its end without the node."""
-        task = asyncio.get_running_loop().create_task(asking)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not task.done():
-                front = self._front
-                # A message that has not come will not come any more, and who waits must not be sent.
-                if call.payload.data is None or front.cutting or len(front.left) >= MOST_LEFT:
-                    task.cancel()
-                else:
-                    self._leave(call, task)
-            raise
+    def outlast(self, call: Call) -> None:
+        """Have the task that runs go on when the node leaves, once the call has been received."""
+        task = asyncio.current_task()
+        if isinstance(task, RpcTask):
+            task.outlasts = partial(self._leave, call, task)
+            self._task = task
 
-    def _leave(self, call: Call, task: asyncio.Task[bytes]) -> None:
-        seconds, call.deadline = call.deadline - time.monotonic(), -math.inf
-        timer = asyncio.get_running_loop().call_later(seconds, task.cancel)
-        self._left = True
-        self._front.left.add(task)
-
-        def over(_: asyncio.Task[bytes]) -> None:
-            timer.cancel()
-            self._front.left.discard(task)
-            if not task.cancelled() and isinstance(error := task.exception(), Refusal):
-                self.refusal = error
-            self._end(call, sent=False)
-
-        task.add_done_callback(over)
+    def _leave(self, call: Call, task: RpcTask) -> bool:
+        front = self._front
+        # A message that has not come will not come any more, and what has been answered is over.
+        if call.payload.data is None or self.outcome or front.cutting or len(front.left) >= MOST_LEFT:
+            return False
+        seconds, call.deadline = call.deadline - time.monotonic(), -math.inf  # who waits must not be sent
+        self._timer = asyncio.get_running_loop().call_later(seconds, task.cancel)
+        self.left = True
+        front.left.add(task)
+        task.add_done_callback(front.left.discard)
+        return True
 
     def _done(self, context: aio.ServicerContext[bytes, bytes]) -> None:
         if self.call is None:
             self._give()
             if not context.done():
                 self._front.stray("node_gone")  # no chain has run that would count it
-        elif not self._left:
-            self._end(self.call, sent=context.done())
+        else:
+            self._end(self.call, sent=context.done() and not self.left)
 
     def _end(self, call: Call, *, sent: bool) -> None:
         """Tell how the call ended; `sent`: gRPC has its status, and sees to the rest."""
         self._give()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.outlasts = None
+            self._task = None
         self._front.in_flight -= 1
         reply, outcome, lost = self.reply, self.outcome or Reason.INTERNAL.value, False
         if not sent:
@@ -165,6 +179,5 @@ class Rpc:
         self.call = self.reply = self.refusal = None
 
     def _give(self) -> None:
-        if self._taken:
-            self._front.held.give(self._taken)
-            self._taken = 0
+        if self._share is not None:
+            self._share.give()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import structlog
 from grpc import aio
 
-from relay.wires import grpc_sockets
+from relay.wires import grpc_sockets, grpc_tasks
 from relay.wires.grpc_fleet import MOST_BYTES
 from relay.wires.grpc_health import Health
 
@@ -98,6 +98,7 @@ class GrpcServer:
             RuntimeError: the address cannot be listened on.
         """
         self.front = front
+        grpc_tasks.install(asyncio.get_running_loop())
         self._health = Health()
         self._server = aio.server(options=options(max_body, keepalive, age))
         # The front comes last: it counts what is asked for and none of ours.
@@ -139,6 +140,6 @@ class GrpcServer:
         self.front.cutting = True
         if self.front.in_flight:
             log.warning("drain timed out; calls are cut", calls=self.front.in_flight, seconds=timeout)
-        for asking in self.front.left:
-            asking.cancel()
+        for task in list(self.front.left):
+            task.cancel()
         grpc_sockets.cut_connections(self.port)

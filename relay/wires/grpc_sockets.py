@@ -49,19 +49,62 @@ def count_connections(port: int) -> int:
     return count
 
 
+class Connections:
+    """Finds the connections of peers, in gRPC's words, and remembers where they are."""
+
+    def __init__(self) -> None:
+        """Know of none."""
+        self._at: dict[str, int] = {}
+        self._seen: dict[int, int] = {}
+
+    def brought(self, peers: Collection[str]) -> dict[str, int]:
+        """Return how many bytes the connections of these peers have brought so far, as far as that is known."""
+        if any(peer not in self._at for peer in peers):
+            self._search()
+        found: dict[str, int] = {}
+        for peer in peers:
+            number = self._at.get(peer)
+            if number is None:
+                continue
+            with _inspected(number) as connection:
+                if connection is not None and _peer(connection) == peer:
+                    # The kernel may be too old to say, or the connection has ended.
+                    with suppress(OSError, struct.error):
+                        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BROUGHT.size)
+                        found[peer] = _BROUGHT.unpack(told)[0]
+                else:
+                    del self._at[peer]
+        return found
+
+    def _search(self) -> None:
+        """Look at the files that were not there before."""
+        seen, self._seen = self._seen, {}
+        for number in _numbers():
+            with suppress(OSError):
+                inode = os.fstat(number).st_ino
+                self._seen[number] = inode
+                if seen.get(number) == inode:
+                    continue
+            with _inspected(number) as connection:
+                if connection is not None and (peer := _peer(connection)) is not None:
+                    self._at[peer] = number
+        numbers = self._seen.keys()
+        self._at = {peer: number for peer, number in self._at.items() if number in numbers}
+
+
 def brought(peers: Collection[str]) -> dict[str, int]:
     """Return how many bytes the connections of these peers, in gRPC's words, have brought so far."""
-    found: dict[str, int] = {}
-    for number in _numbers():
-        with _inspected(number) as connection:
-            if connection is None or connection.family not in _FAMILIES:
-                continue
-            with suppress(OSError, struct.error):  # it has ended, or the kernel is too old to say
-                peer = _words(connection.getpeername())
-                if peer in peers:
-                    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BROUGHT.size)
-                    found[peer] = _BROUGHT.unpack(told)[0]
-    return found
+    return Connections().brought(peers)
+
+
+def _peer(connection: socket.socket) -> str | None:
+    """Return whose connection it is, in gRPC's words; None if it is none."""
+    if connection.family not in _FAMILIES or connection.type != socket.SOCK_STREAM:
+        return None
+    try:
+        return _words(connection.getpeername())
+    except OSError:
+        return None
 
 
 def _words(peer: tuple[Any, ...]) -> str:
