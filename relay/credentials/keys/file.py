@@ -86,10 +86,18 @@ class FileKeys:
                 self._write(records)
         except OSError as error:
             where = error.filename or self.path
-            raise StoreError(f"{where} cannot be written: {error.strerror}{_hint(error)}") from None
+            hint = self._no_place() if isinstance(error, FileNotFoundError) else _hint(error)
+            raise StoreError(f"{where} cannot be written: {error.strerror}{hint}") from None
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    def _no_place(self) -> str:
+        """Return what to do about a place where no file can be made."""
+        for directory in (self.path.parent, self.path.resolve().parent):
+            if not directory.is_dir():
+                return f": make the directory {directory}, or set keys.file to another path"
+        return f": no file can be made in {self.path.parent}: set keys.file to another path"
 
     # -- reading ------------------------------------------------------------------------------------
 

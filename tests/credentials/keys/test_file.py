@@ -122,6 +122,21 @@ def test_a_link_stays_one_when_the_file_is_changed(tmp_path: Path, keys: FileKey
     assert FileKeys(path).poll() == {}
 
 
+def test_a_place_where_no_file_can_be_made_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    (tmp_path / "link").symlink_to(gone / "keys")
+    for path, directory in ((gone / "keys", gone), (tmp_path / "link", gone)):
+        with pytest.raises(StoreError) as caught:
+            FileKeys(path).change(lambda records: records.clear(), init=True)
+        [said] = caught.value.problems
+        assert said.endswith(f": make the directory {directory}, or set keys.file to another path")
+    with pytest.raises(StoreError) as caught:
+        FileKeys(Path("/proc/keys")).change(lambda records: records.clear(), init=True)
+    [said] = caught.value.problems
+    assert said.endswith(": no file can be made in /proc: set keys.file to another path")
+    assert "--init" not in said
+
+
 # -- what is broken -----------------------------------------------------------------------------------
 
 
