@@ -203,7 +203,7 @@ class Upstream(_Section):
     takes over. Longer than a restart takes."""
 
     resolve_interval: Seconds = 30.0
-    """How often a host that is a name is resolved again."""
+    """How often a host that is a name is resolved again. If it takes no connection, once a second."""
 
     health: Health = Health()
 

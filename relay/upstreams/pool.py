@@ -215,21 +215,22 @@ class Pool:
         self, resolver: Resolver, tried: list[str], make: Callable[[], _P]
     ) -> tuple[asyncio.Transport, _P]:
         """Try the addresses of a name, one after the other, and note in `tried` which those were."""
-        *others, last = await resolver.addresses()
-        for address in (*others, last):
-            tried.append(address)
-            try:
-                opened = await self._open_to(address, make)
-            except OSError as error:
-                if local_fault(error):
-                    raise
-                resolver.failed(address)
-                if address == last:
-                    raise
-            else:
-                resolver.connected(address)
-                return opened
-        raise AssertionError("a name has an address")
+        addresses = await resolver.addresses()
+        while addresses:
+            for address in addresses:
+                tried.append(address)
+                try:
+                    opened = await self._open_to(address, make)
+                except OSError as error:
+                    if local_fault(error):
+                        raise
+                    failure = error
+                    resolver.failed(address)
+                else:
+                    resolver.connected(address)
+                    return opened
+            addresses = await resolver.other(tried)
+        raise failure
 
     async def _open_to(self, address: str, make: Callable[[], _P]) -> tuple[asyncio.Transport, _P]:
         target = self.target

@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from relay.refusal import Reason, Refusal
 from relay.stores.upstreams import UpstreamTable
@@ -91,7 +92,9 @@ async def test_a_name_that_stands_for_nothing_is_an_error_until_it_does(table: U
     for _ in range(2):
         with pytest.raises(OSError, match="not known"):
             await made.addresses()
+    assert names.asked == 1  # at most once a second
     names.addresses = ("10.0.0.1",)
+    made.loop.ahead += 1
     assert await made.addresses() == ["10.0.0.1"]
 
 
@@ -202,6 +205,27 @@ async def test_a_pool_whose_name_stands_for_nothing_is_down(
     assert pool.state()["connections"] == 0
 
 
+async def test_a_name_that_cannot_be_one_is_an_error(table: UpstreamTable) -> None:
+    made = Made(Names(), table)
+
+    async def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
+        raise UnicodeError("label too long")
+
+    made.loop.getaddrinfo = getaddrinfo
+    for _ in range(2):
+        with pytest.raises(UnicodeError, match="too long"):
+            await made.addresses()
+
+
+async def test_a_question_that_is_given_up_is_an_error(table: UpstreamTable) -> None:
+    made = Made(Names("10.0.0.1"), table)
+    asking = asyncio.ensure_future(made.addresses())
+    await asyncio.sleep(0)
+    made.resolver.close()
+    with pytest.raises(OSError, match="not resolved"):
+        await asking
+
+
 async def test_a_name_server_that_hangs_is_not_the_superlinks_fault(
     make_pool: MakePool, table: UpstreamTable
 ) -> None:
@@ -223,6 +247,95 @@ async def test_an_address_whose_name_is_known_and_takes_no_connection_is_at_faul
     with pytest.raises(Refusal) as caught:
         await pool.acquire()
     assert (caught.value.reason, caught.value.cause) == (Reason.UPSTREAM_DOWN, "")
+
+
+@pytest.mark.parametrize("spread", [False, True])
+async def test_a_pool_asks_at_once_where_a_superlink_is_that_takes_no_connection(
+    make_pool: MakePool, upstream: Listener, table: UpstreamTable, *, spread: bool
+) -> None:
+    names = Names("127.0.0.9")
+    made = Made(names, table, spread=spread)
+    pool = make_pool(host="superlink")
+    pool.resolver = made.resolver
+    with pytest.raises(Refusal):
+        await pool.acquire()
+    names.addresses = ("127.0.0.1",)
+    with pytest.raises(Refusal):
+        await pool.acquire()  # it was asked for a moment ago
+    assert names.asked == 1
+    made.loop.ahead += 1
+    await pool.acquire()
+    await upstream.accept()
+    assert names.asked == 2
+    assert made.changes
+
+
+async def test_a_pool_goes_on_with_what_is_known_when_nobody_answers_the_question(
+    make_pool: MakePool, table: UpstreamTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.upstreams.resolve._PATIENCE", 0.01)
+    made = Made(Names("127.0.0.9"), table)
+    pool = make_pool(host="superlink")
+    pool.resolver = made.resolver
+    await made.addresses()
+    made.loop.getaddrinfo = lambda *_, **__: asyncio.sleep(9)  # type: ignore[assignment]
+    made.loop.ahead += 1
+    for _ in range(2):
+        with pytest.raises(Refusal) as caught:
+            await pool.acquire()
+        assert caught.value.cause == ""  # it is the SuperLink that takes no connection
+    assert made.resolver._asking is not None
+    made.resolver.close()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_worker_that_is_not_answered_uses_what_the_others_use(
+    make_pool: MakePool,
+    upstream: Listener,
+    table: UpstreamTable,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    hangs: bool,
+) -> None:
+    monkeypatch.setattr("relay.upstreams.resolve._PATIENCE", 0.01)
+    first = make_pool(host="superlink")
+    first.resolver = Made(Names("127.0.0.1"), table).resolver
+    await first.acquire()
+    made = Made(Names(), table)
+    if hangs:
+        made.loop.getaddrinfo = lambda *_, **__: asyncio.sleep(9)  # type: ignore[assignment]
+    second = make_pool(host="superlink")
+    second.resolver = made.resolver
+    for _ in range(2):
+        await second.acquire()
+    made.resolver.close()
+
+
+async def test_a_worker_asks_for_a_name_when_another_uses_what_it_does_not_know(table: UpstreamTable) -> None:
+    names = Names("10.0.0.1")
+    made = Made(names, table)
+    await made.addresses()
+    names.addresses = ("10.0.0.2",)
+    other = Made(names, table)
+    await other.addresses()
+    other.resolver.connected("10.0.0.2")
+    made.resolver.look()
+    await until(lambda: made.resolver._known == ["10.0.0.2"])
+
+
+async def test_a_question_in_vain_is_logged_now_and_then(table: UpstreamTable) -> None:
+    names = Names("10.0.0.1")
+    made = Made(names, table)
+    await made.addresses()
+    names.addresses = ()
+    with capture_logs() as lines:
+        for _ in range(40):
+            made.loop.ahead += 1
+            made.resolver.failed("10.0.0.1")
+            await made.resolver.other(["10.0.0.1"])
+    assert names.asked == 41
+    assert [line["event"] for line in lines] == ["upstream name cannot be resolved"] * 2
+    assert await made.addresses() == ["10.0.0.1"]
 
 
 async def test_a_pool_tries_another_address_after_one_that_swallows_everything(
