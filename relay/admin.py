@@ -36,15 +36,17 @@ def application(relay: Relay, shared: Shared) -> web.Application:
         # An upstream outage is a detail: an unready relay would hand its nodes to whatever error
         # the balancer makes, and most of those end a node.
         stop = shared.stopping
-        body = {
+        body: dict[str, object] = {
             "ready": not stop,
             "reason": "draining" if stop else "serving",
             "version": __version__,
             "generation": shared.generation,
-            "serving": shared.serving,
+            "serving": shared.in_force,
             "reloads_refused": shared.refused,
             "upstream": relay.pool.state(),
         }
+        if shared.reloading:
+            body["reloading"] = True
         return web.json_response(body, status=503 if stop else 200)
 
     async def metrics(_: web.Request) -> web.Response:

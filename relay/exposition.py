@@ -88,7 +88,7 @@ def _add(ended: Path, total: Path) -> None:
             for key, value in new.items():
                 so_far, _ = file.read_value(key)
                 file.write_value(key, so_far + value, 0.0)
-            if file.alone:
+            if file.counts_alone():
                 raise OSError(ENOSPC, os.strerror(ENOSPC), str(sum_))
         finally:
             file.close()

@@ -58,8 +58,7 @@ class ReservedDict(MmapedDict):
             at = self._positions[key]
         self._m[at : at + 16] = _TWO_DOUBLES(value, timestamp)
 
-    @property
-    def alone(self) -> bool:
+    def counts_alone(self) -> bool:
         """Whether there are numbers for which there was no room."""
         return bool(self._alone)
 

@@ -58,7 +58,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
     def init_process(self) -> None:
         """Make the event loop of this process, then enter gunicorn's start-up, which ends in `run`."""
         self.shared: Shared = self.app.shared
-        self.generation = self.shared.generation
+        self.generation: int = self.app.generation
         self.loop = uvloop.new_event_loop()
         asyncio.set_event_loop(self.loop)
         self.stop = asyncio.Event()
@@ -93,8 +93,9 @@ class RelayWorker(Worker):  # type: ignore[misc]
         from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
         settings: Settings = self.wsgi
-        if not await self._files_are_sound(settings):
+        if not await self._files_are_sound(settings) or self.stop.is_set():
             return
+        self.shared.listens(self.age)
         relay = app.build(
             settings, self.shared.table, self.shared.kept, self.shared.nodes, self.shared.upstreams
         )
@@ -125,6 +126,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
         await self.stop.wait()
         for server in listening:
             server.close()
+        if not grpc_servers:
+            self.shared.leaves(self.age)
         await asyncio.gather(
             drain(servers, settings.drain.timeout, settings.drain.idle_grace),
             self._drain_grpc(grpc_servers, settings.drain.timeout),
@@ -188,6 +191,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
         for server in servers:
             if self.shared.stopping:
                 server.not_ready()
+        self.loop.call_later(_TURN, self.shared.leaves, self.age)  # the ports close first of all
         await asyncio.gather(*(server.drain(timeout) for server in servers))
 
     def _has_heirs(self) -> bool:
@@ -279,11 +283,10 @@ async def drain(servers: list[NodeServer], timeout: float, idle_grace: float) ->
 
 
 def _prepare_metrics() -> None:
-    """Tell prometheus_client once who this worker is; by itself it asks for its pid at each count.
+    """Say whose the counts are.
 
     To be called after the fork and before the first metric is made.
     """
-    from prometheus_client import values  # noqa: PLC0415 - see `relay.server.serve`
+    from relay import exposition  # noqa: PLC0415 - see `relay.server.serve`
 
-    pid = os.getpid()
-    values.ValueClass = values.MultiProcessValue(lambda: pid)  # type: ignore[no-untyped-call]
+    exposition.count_as(os.getpid())

@@ -57,7 +57,7 @@ def test_it_is_the_file_that_the_library_reads(tmp_path: Path) -> None:
     file.close()
     again = ReservedDict(str(tmp_path / "counter_1.db"))
     assert again.read_value("b") == (4.0, 0.0)
-    assert not again.alone
+    assert not again.counts_alone()
     again.close()
     assert [path.name for path in tmp_path.iterdir()] == ["counter_1.db"]
 
@@ -83,7 +83,7 @@ def test_without_room_for_the_file_a_process_counts_in_itself_and_says_so_once(
         for count in (1.0, 2.0):
             file.write_value("a", count, 0.0)
             assert file.read_value("a") == (count, 0.0)
-        assert file.alone
+        assert file.counts_alone()
         file.close()
     assert [(line["log_level"], line["problem"]) for line in logs] == [("warning", "No space left on device")]
     assert list(tmp_path.iterdir()) == [], "what is empty would spoil a scrape"
@@ -106,11 +106,11 @@ def test_what_does_not_fit_any_more_is_counted_alone_until_there_is_room(
     assert read(path)["a"] == 8.0
     disk.room = 1 << 20
     file.write_value(long + "2", 8.0, 0.0)
-    assert file.alone, "it is not tried with every number"
+    assert file.counts_alone(), "it is not tried with every number"
     monkeypatch.setattr(metrics_file, "RETRY_SECONDS", 0.0)
     file._retry_at = 0.1
     file.write_value(long + "2", 9.0, 0.0)
-    assert not file.alone
+    assert not file.counts_alone()
     assert read(path) == {"a": 8.0, long: 7.0, long + "2": 9.0}
     file.close()
 

@@ -222,11 +222,18 @@ async def test_a_stop_resets_a_connection_that_waits_to_be_accepted_but_never_ca
 async def test_a_call_in_flight_is_answered_whatever_happens_to_its_worker(
     tmp_path: Path, dial: Dial, how: signal.Signals
 ) -> None:
-    async with superlink(delay=1.0) as (port, _), relay_to(tmp_path, port) as relay:
+    async with Listener() as upstream, relay_to(tmp_path, upstream.port) as relay:
         node = await dial(relay.port)
         node.send(CALL)
-        await asyncio.sleep(0.2)
+        peer = await upstream.accept()
+        await peer.message()
         relay.signal(how)
+        if how is signal.SIGHUP:
+            await off(relay.until, lambda: json.loads(relay.get("/readyz")[1])["serving"] == 1)
+        else:
+            await off(relay.until, lambda: relay.get("/readyz")[0] == 503, 5)
+            await asyncio.sleep(0.2)
+        peer.send(response(b"abc"))
         answer = await node.message()
         assert (answer.status, answer.body) == (200, b"abc")
         assert answer.one(b"connection") == b"close"
