@@ -1,25 +1,20 @@
-"""A SuperLink that works on a few calls at a time, and nodes that ask more of it than it can do.
-
-`python -m tests.overload [SECONDS]` keeps four times too many calls up for as long (60 s), and says what came
-of it.
-"""
+"""A SuperLink that works on a few calls at a time, and nodes that ask more of it than it can do."""
 
 from __future__ import annotations
 
 import asyncio
 import struct
-import sys
-import tempfile
 from collections import Counter, deque
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, cast
-
-from tests.relay_process import RelayProcess
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from tests.relay_process import RelayProcess
 
 PULL, HEARTBEAT = "pull-messages", "send-node-heartbeat"
 #: What a message says that is there for a node, so that it cannot be taken for an answer made by the relay.
@@ -32,6 +27,9 @@ HEARTBEAT_PATIENCE, PATIENCE = 5.0, 30.0
 class SlowSuperlink:
     """Answers each call after `seconds`, `at_a_time` calls at once, the others in the order of arrival.
 
+    With `drag`, each call that waits makes those at work take that much longer, as a database does that too
+    many threads pull at.
+
     Attributes:
         port: where it listens.
         done: calls by path's last segment that were answered.
@@ -40,24 +38,17 @@ class SlowSuperlink:
         down: while set, it answers with 503.
     """
 
-    def __init__(self, seconds: float, at_a_time: int) -> None:
-        self.seconds, self.at_a_time = seconds, at_a_time
+    def __init__(self, seconds: float, at_a_time: int, drag: float = 0.0) -> None:
+        self.seconds, self.at_a_time, self.drag = seconds, at_a_time, drag
         self.port = 0
         self.done: Counter[str] = Counter()
         self.most = 0
         self.open: set[asyncio.Transport] = set()
         self.down = False
+        #: Seconds that would have been spent on the calls that were answered, had none waited.
+        self.useful = 0.0
         self._busy = 0
-        self._worked = self._noted = 0.0
         self._waiting: deque[tuple[_Connection, str]] = deque()
-
-    @property
-    def worked(self) -> float:
-        """Seconds of work that it has done so far; `at_a_time` a second are the most."""
-        now = asyncio.get_running_loop().time()
-        self._worked += self._busy * (now - self._noted)
-        self._noted = now
-        return self._worked
 
     def take(self, connection: _Connection, name: str) -> None:
         self._waiting.append((connection, name))
@@ -66,13 +57,15 @@ class SlowSuperlink:
 
     def _next(self) -> None:
         while self._waiting and self._busy < self.at_a_time:
-            _ = self.worked
             self._busy += 1
-            asyncio.get_running_loop().call_later(self.seconds, self._finish, *self._waiting.popleft())
+            loop, call = asyncio.get_running_loop(), self._waiting.popleft()
+            part = 1 / (1 + self.drag * len(self._waiting))
+            loop.call_later(self.seconds / part, self._finish, *call, loop.time(), part)
 
-    def _finish(self, connection: _Connection, name: str) -> None:
-        _ = self.worked
+    def _finish(self, connection: _Connection, name: str, started: float, part: float) -> None:
         self._busy -= 1
+        # On a busy machine its seconds take longer; that is not the fault of those who ask it.
+        self.useful += (asyncio.get_running_loop().time() - started) * part
         self.done[name] += 1
         connection.answer(ALIVE if name == HEARTBEAT else MESSAGE, b"503 Down" if self.down else b"200 OK")
         self._next()
@@ -112,9 +105,9 @@ class _Connection(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def slow_superlink(seconds: float, at_a_time: int) -> AsyncIterator[SlowSuperlink]:
+async def slow_superlink(seconds: float, at_a_time: int, drag: float = 0.0) -> AsyncIterator[SlowSuperlink]:
     """Run one on a free loopback port."""
-    superlink = SlowSuperlink(seconds, at_a_time)
+    superlink = SlowSuperlink(seconds, at_a_time, drag)
     server = await asyncio.get_running_loop().create_server(
         lambda: _Connection(superlink), "127.0.0.1", 0, backlog=1024
     )
@@ -157,7 +150,7 @@ class Caller:
     def __init__(self, port: int, node: int, tally: Tally) -> None:
         self._port = port
         self._body = b"\x0a\x09\x09" + struct.pack("<Q", node + 1)  # node { node_id }
-        self._tally = tally
+        self.tally = tally
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, name: str, patience: float) -> None:
@@ -168,17 +161,17 @@ class Caller:
             async with asyncio.timeout(patience):
                 status, body = await self._ask(name)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            self._tally.broken[name, type(error).__name__] += 1
+            self.tally.broken[name, type(error).__name__] += 1
             await self.close()
             return
         seconds = loop.time() - started
-        self._tally.slowest[name] = max(self._tally.slowest[name], seconds)  # type: ignore[assignment]
+        self.tally.slowest[name] = max(self.tally.slowest[name], seconds)  # type: ignore[assignment]
         if status != 200:
-            self._tally.statuses[name, status] += 1
+            self.tally.statuses[name, status] += 1
         elif body:
-            self._tally.messages[name] += 1
+            self.tally.messages[name] += 1
         else:
-            self._tally.empty[name] += 1
+            self.tally.empty[name] += 1
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open the connection, if it is not open."""
@@ -222,16 +215,21 @@ class Overload:
         heartbeats: how many of them were heartbeats.
         tally: what became of them.
         memory: of the relay's workers, each second.
-        goodput: calls a second that the SuperLink did, but for the first two seconds.
-        share: of what it could have done in that time. On a busy machine its own 100 ms take longer.
+        share: what the SuperLink did, but for the first two seconds, of what it could have done without a
+            crowd.
+        afterwards: what became of a call of some of the nodes when it was over.
     """
 
     offered: int
     heartbeats: int
     tally: Tally
     memory: list[int]
-    goodput: float
     share: float
+    afterwards: Tally
+
+
+def _again(nodes: deque[Caller], node: Caller, _: asyncio.Task[None]) -> None:
+    nodes.append(node)
 
 
 async def overload(
@@ -240,10 +238,9 @@ async def overload(
     """Make so many times the calls that the SuperLink can do, an eighth of them heartbeats."""
     loop, tally = asyncio.get_running_loop(), Tally()
     rate = round(times * superlink.at_a_time / superlink.seconds)
-    nodes = [Caller(relay.port, number, tally) for number in range(rate * 4)]
+    nodes = deque(Caller(relay.port, number, tally) for number in range(rate * 4))
     sizes: list[int] = []
-    counts: list[int] = []
-    worked: list[float] = []
+    useful: list[float] = []
     at: list[float] = []
     asking: set[asyncio.Task[None]] = set()
     offered = round(rate * seconds)
@@ -252,37 +249,23 @@ async def overload(
         await asyncio.sleep(started + number / rate - loop.time())
         if number % rate == 0:
             sizes.append(memory(relay))
-            counts.append(superlink.done.total())
-            worked.append(superlink.worked)
+            useful.append(superlink.useful)
             at.append(loop.time())
         what = (HEARTBEAT, HEARTBEAT_PATIENCE) if number % 8 == 0 else (PULL, PATIENCE)
-        task = loop.create_task(nodes[number % len(nodes)].ask(*what))
+        # A node makes one call at a time.
+        node = nodes.popleft() if nodes else Caller(relay.port, number, tally)
+        task = loop.create_task(node.ask(*what))
         asking.add(task)
         task.add_done_callback(asking.discard)
-    seconds_worked, ended = superlink.worked - worked[2], loop.time()
-    goodput = (superlink.done.total() - counts[2]) / (ended - at[2])
-    share = seconds_worked / (ended - at[2]) / superlink.at_a_time
+        task.add_done_callback(partial(_again, nodes, node))
+    seconds_useful, ended = superlink.useful - useful[2], loop.time()
+    share = seconds_useful / (ended - at[2]) / superlink.at_a_time
     await asyncio.gather(*asking)
+    afterwards = Tally()
+    for number, node in enumerate(islice(nodes, superlink.at_a_time * 8)):
+        node.tally = afterwards
+        await asyncio.sleep(2 * superlink.seconds / superlink.at_a_time)
+        await node.ask(HEARTBEAT, HEARTBEAT_PATIENCE) if number % 2 else await node.ask(PULL, PATIENCE)
     for node in nodes:
         await node.close()
-    return Overload(offered, (offered + 7) // 8, tally, sizes, goodput, share)
-
-
-async def _main(seconds: float) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        async with slow_superlink(0.1, 8) as superlink:
-            with RelayProcess(Path(directory), superlink.port, workers=2) as relay:
-                found = await overload(relay, superlink, seconds=seconds, times=4)
-                limit = relay.metric("relay_concurrency_limit")
-    print(f"{found.offered} calls in {seconds:g} s, {found.heartbeats} of them heartbeats: {found.tally}")
-    print(
-        f"goodput {found.goodput:.1f} of {superlink.at_a_time / superlink.seconds:.1f} calls a second;",
-        end="",
-    )
-    print(f" the SuperLink was at work for {found.share:.1%} of what it could have been")
-    print(f"memory of the workers, MB: {[size >> 20 for size in found.memory]}")
-    print(f"most calls at the SuperLink: {superlink.most}; limit at the end: {limit:g}")
-
-
-if __name__ == "__main__":
-    asyncio.run(_main(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0))
+    return Overload(offered, (offered + 7) // 8, tally, sizes, share, afterwards)
