@@ -195,8 +195,10 @@ class Upstream(_Section):
 
     standby: Annotated[tuple[Url, ...], Doc("list of URLs")] = ()
     """SuperLinks that stand by. One takes over when the one in use has been down for `standby_after`, and
-    stays. It must have the database of the other, and nobody else may be using that: a SuperLink that does
-    not know the nodes ends them all."""
+    stays, through reloads as well, while it is among the addresses. A restart of the relay begins with
+    `upstream.url`, so write there first which one is in use: it is logged at each start and change. It must
+    have the database of the other, and nobody else may be using that: a SuperLink that does not know the
+    nodes ends them all."""
 
     standby_after: Seconds = 30.0
     """How long the SuperLink in use must be down, by active checks and calls alike, before one that stands by

@@ -6,8 +6,9 @@ left is tried on the next one at once.
 
 Without shared state a second address is another SuperLink, which knows none of the nodes and answers each
 with 401, which ends it. Such a standby takes over only after the first has been down for long, by active
-checks and calls alike, and itself answers. It then stays: the first is taken again only if the standby is
-down for as long, or after a restart of the relay. All workers of the host change together.
+checks and calls alike, and itself answers. It then stays, since the database of the first is old by then:
+the first is taken again only if the standby is down for as long or is no longer among the addresses, or
+after a restart of the relay, which a reload is not. All workers of the host change together.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ FAILOVERS = Counter("relay_upstream_failovers", "Times that a standby took over"
 
 #: Refusals that another address may not make.
 _ELSEWHERE = frozenset({Reason.UPSTREAM_DOWN, Reason.BREAKER_OPEN, Reason.OVERLOADED})
+
+
+#: What the workers of a host call the address that is in use. It outlives a reload.
+_CHOICE = "active address"
 
 
 class Address:
@@ -122,11 +127,11 @@ class Balance:
         self._spread = shared_state
         self._standby_after = standby_after
         self._by_name = {address.name: address for address in self.addresses}
-        # A reload with other addresses begins anew with the first.
-        self._choice = "active of " + " ".join(self._by_name)
         self._active = self.addresses[0]
         self._version = -1
         self._turn = 0
+        if not self._spread:
+            self._begin()
         self._look()
 
     @property
@@ -187,6 +192,20 @@ class Balance:
             if other is not address
         )
 
+    def _begin(self) -> None:
+        """Stay with the SuperLink that the host has chosen, if it is one of these; else choose the first."""
+        first, chosen = self.addresses[0], self._table.choice(_CHOICE)
+        if chosen is None or chosen not in self._by_name:
+            self._table.choose(_CHOICE, first.name, instead_of=chosen)
+            if chosen is not None:
+                log.warning("the SuperLink in use is none of the addresses", was=chosen, address=first.name)
+        else:
+            self._active = self._by_name[chosen]
+        if self._active is not first:
+            log.warning("calls go to a SuperLink that stood by", address=self._active.name, first=first.name)
+        elif len(self.addresses) > 1:
+            log.info("calls go to the first SuperLink", address=first.name)
+
     # -- once a second ------------------------------------------------------------------------------
 
     def tick(self) -> None:
@@ -202,7 +221,8 @@ class Balance:
             address.health.look()
         if self._spread:
             return
-        active = self._by_name.get(self._table.choice(self._choice) or "", self.addresses[0])
+        # What is none of these was chosen by workers with other settings, before or after a reload.
+        active = self._by_name.get(self._table.choice(_CHOICE) or "", self._active)
         if active is not self._active:
             self._active = active
             log.warning("calls go to another SuperLink", address=active.name)
@@ -219,8 +239,7 @@ class Balance:
         for standby in self.addresses:
             if standby is active or standby.health.state.down or not standby.health.state.checked:
                 continue
-            chosen = self._table.choice(self._choice)
-            if self._table.choose(self._choice, standby.name, instead_of=chosen):
+            if self._table.choose(_CHOICE, standby.name, instead_of=active.name):
                 FAILOVERS.labels(standby.name).inc()
                 log.error("a standby takes over", address=standby.name, instead_of=active.name)
             self._look()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from relay.call import Call, Payload, Reply, Source
 from relay.fleet import Method
@@ -326,12 +327,61 @@ async def test_a_call_that_goes_well_keeps_the_first_in_place_whatever_its_check
     assert active(balance) == "a:1"
 
 
-async def test_a_reload_with_other_addresses_begins_with_its_first() -> None:
+@pytest.mark.parametrize("names", [("a:1", "b:1", "c:1"), ("a:1", "c:1", "b:1"), ("b:1",), ("c:1", "b:1")])
+async def test_a_reload_stays_with_the_one_in_use_while_it_is_among_the_addresses(
+    names: tuple[str, ...], call: Call
+) -> None:
+    """The database of the first is old by then."""
     superlinks = Superlinks(shared=False)
-    balance = superlinks.worker()
+    before = superlinks.worker()
     superlinks.up("b:1")
     superlinks.down("a:1", 6)
-    balance.reconsider()
+    before.reconsider()
+    superlinks.up("a:1")
+    superlinks.names = names
+    with capture_logs() as lines:
+        after = superlinks.worker()
+        assert active(after) == "b:1"
+    assert await ask(after, call) == await ask(before, call) == "b:1"
+    expected = [] if names == ("b:1",) else [("calls go to a SuperLink that stood by", "b:1")]
+    assert [(line["event"], line["address"]) for line in lines] == expected
+    superlinks.names = ("a:1", "b:1")
     assert active(superlinks.worker()) == "b:1"
-    superlinks.names = ("a:1", "c:1")
+
+
+async def test_a_reload_without_the_one_in_use_begins_with_the_first_and_does_not_come_back() -> None:
+    superlinks = Superlinks(shared=False)
+    superlinks.up("b:1")
+    superlinks.down("a:1", 6)
+    before = superlinks.worker()
+    before.reconsider()
+    superlinks.up("a:1")
+    superlinks.names = ("c:1", "a:1")
+    with capture_logs() as lines:
+        after = superlinks.worker()
+    assert lines[0]["was"] == "b:1"
+    assert lines[0]["log_level"] == "warning"
+    assert active(after) == "c:1"
+    assert active(before) == "b:1"  # which goes on with what it knows, and drains
+    superlinks.down("b:1", 6)
+    before.reconsider()
+    assert active(after) == "c:1"
+    superlinks.names = ("a:1", "b:1", "c:1")
+    assert active(superlinks.worker()) == "c:1"
+
+
+async def test_one_address_alone_is_a_choice_that_a_reload_keeps() -> None:
+    superlinks = Superlinks(("a:1",), shared=False)
+    superlinks.worker()
+    superlinks.names = ("b:1", "a:1")
     assert active(superlinks.worker()) == "a:1"
+
+
+async def test_a_start_begins_with_the_first_and_says_so() -> None:
+    with capture_logs() as lines:
+        Superlinks(shared=False).worker()
+        Superlinks(("a:1",), shared=False).worker()
+        Superlinks(shared=True).worker()
+    assert [(line["event"], line["address"]) for line in lines] == [
+        ("calls go to the first SuperLink", "a:1")
+    ]
