@@ -21,9 +21,8 @@ from relay.worker import HELD_SIGNALS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gunicorn.pidfile import Pidfile
-
     from relay.metrics_directory import MetricsDirectory
+    from relay.pid_file import PidFile
     from relay.settings import Settings
     from relay.shared import Shared
 
@@ -72,7 +71,7 @@ class Master(Arbiter):  # type: ignore[misc]
     app: Application
     LISTENERS: list[Any]
     WORKERS: dict[int, Any]
-    pidfile: Pidfile | None
+    pidfile: PidFile | None
 
     def __init__(self, app: Application) -> None:
         """Prepare to run `app`."""
@@ -89,8 +88,7 @@ class Master(Arbiter):  # type: ignore[misc]
     def start(self) -> None:
         """Listen."""
         super().start()
-        if self.pidfile is not None:
-            self.pidfile.pid = self.pid  # it was written before, and gunicorn took it for somebody else's
+        self.pidfile = takeover.written(self.app.settings)
         names = [str(address) for address in listening.addresses(self.app.settings)]
         self._sockets.hold(dict(zip(names, self.LISTENERS, strict=True)))
         self._sockets.choose_endings(self.app.settings)
@@ -257,7 +255,7 @@ class Master(Arbiter):  # type: ignore[misc]
             return faults
         try:
             self._sockets.open(listening.addresses(settings), self.cfg, self.log)
-            pid_file = takeover.written(settings.pid_file, before.pid_file)
+            pid_file = takeover.written(settings, before.pid_file)
         except OSError as error:
             held = (*listening.addresses(now.settings), *listening.addresses(before.settings))
             self._sockets.close(but=held)
@@ -267,8 +265,7 @@ class Master(Arbiter):  # type: ignore[misc]
                 self._finish(pending)
             else:
                 log.warning("a newer reload has come before workers served", generation=pending.generation)
-                if pending.pid_file is not pid_file:
-                    pending.drop_pid_file()
+                pending.give_way_to(pid_file)
                 self._dismiss(self._of(pending.generation))
         app.shared.reloaded(accepted=True, workers=settings.workers)
         self._takeover = Takeover(before, app.shared.generation, pid_file)
@@ -301,9 +298,8 @@ class Master(Arbiter):  # type: ignore[misc]
             pending.told = time.monotonic()
             self._sockets.choose_endings(self.app.settings)
             self._sockets.close(but=listening.addresses(self.app.settings))
-            if self.pidfile is not None and self.pidfile is not pending.pid_file:
-                self.pidfile.unlink()
-            self.pidfile = takeover.kept(pending.pid_file)
+            pending.keep_pid_file()
+            self.pidfile = pending.pid_file
             self._dismiss(self.WORKERS.keys() - self._leaving - mine)
         elif (fault := pending.fault()) is not None:
             self._give_up(pending, fault)

@@ -7,15 +7,18 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
+
+from relay.pid_file import admin_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from relay.settings import Settings
+    from relay.settings import HostPort, Settings
 
-#: A worker is up in well under a second; a host that swaps may take longer.
-PATIENCE = 30.0
+#: A worker is up in well under a second; a host that swaps may take longer. The relay gives up first.
+PATIENCE = 45.0
 
 
 class ReloadError(Exception):
@@ -39,7 +42,8 @@ def reload(settings: Settings) -> str:
             "pid_file is not set: set it, and restart the relay once so that it writes the file"
         )
     pid = _master(settings.pid_file)
-    before = _first_state(settings)
+    addresses = _admin_ports(settings, settings.pid_file)
+    before = _idle(addresses)
     try:
         os.kill(pid, signal.SIGHUP)
     except OSError as error:
@@ -47,19 +51,32 @@ def reload(settings: Settings) -> str:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         try:
-            now = _state(settings)
+            now = _state(addresses)
         except ReloadError:
             # A worker that ends may take a connection with it.
             if not _lives(pid):
                 raise ReloadError(f"the relay (process {pid}) ended; its log says why") from None
         else:
-            if now["reloads_refused"] > before["reloads_refused"]:
-                raise ReloadError("the relay refused the settings and keeps the old ones; its log says why")
-            # Not merely newer than what serves: a reload before this one may still be under way.
+            # All that was read since `before` was read from what was there then.
             if now["serving"] > before["generation"]:
                 return f"generation {now['serving']} serves; the workers before it end when their calls have"
+            if now["reloads_refused"] > before["reloads_refused"] and not now["reloading"]:
+                raise ReloadError(_refusal(before, now))
         time.sleep(0.1)
     raise ReloadError(f"no worker served the new settings within {PATIENCE:g} s; the relay's log says why")
+
+
+def _refusal(before: dict[str, int], now: dict[str, int]) -> str:
+    if now["generation"] > before["generation"]:
+        return "the relay could start no workers with the settings and keeps the old ones; its log says why"
+    return "the relay refused the settings and keeps the old ones; its log says why"
+
+
+def _admin_ports(settings: Settings, pid_file: Path) -> list[HostPort]:
+    """Return where the relay may be asked: where it said it listens, then where it is to."""
+    said = admin_of(pid_file)
+    wanted = settings.admin.address
+    return [wanted] if said in (None, wanted) else [said, wanted]
 
 
 def _master(pid_file: Path) -> int:
@@ -83,23 +100,39 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _first_state(settings: Settings) -> dict[str, int]:
+def _idle(addresses: list[HostPort]) -> dict[str, int]:
+    """Return the state when no other reload is under way, which could be mistaken for this one."""
     try:
-        return _state(settings)
+        now = _state(addresses)
     except ReloadError:
-        # As below: a worker that ends because of another reload may have taken the connection with it.
+        # As above: a worker that ends because of another reload may have taken the connection with it.
         time.sleep(0.1)
-        return _state(settings)
+        now = _state(addresses)
+    end = time.monotonic() + PATIENCE
+    while now["reloading"] and time.monotonic() < end:
+        time.sleep(0.1)
+        with suppress(ReloadError):
+            now = _state(addresses)
+    return now
 
 
-def _state(settings: Settings) -> dict[str, int]:
-    address = settings.admin.address
+def _state(addresses: list[HostPort]) -> dict[str, int]:
+    """Return what the relay says at the first of these addresses that answers. Raises ReloadError."""
+    *others, last = addresses
+    for address in others:
+        with suppress(ReloadError):
+            return _ask(address)
+    return _ask(last)
+
+
+def _ask(address: HostPort) -> dict[str, int]:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - compared
     connection = http.client.HTTPConnection(host, address.port, timeout=5)
     try:
         connection.request("GET", "/readyz")
         said = json.loads(connection.getresponse().read())
-        return {name: int(said[name]) for name in ("generation", "serving", "reloads_refused")}
+        numbers = {name: int(said[name]) for name in ("generation", "serving", "reloads_refused")}
+        return numbers | {"reloading": int(said.get("reloading", 0))}
     except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException) as error:
         raise ReloadError(f"the admin port {address} does not answer as a relay's: {error!r}") from error
     finally:

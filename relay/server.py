@@ -10,7 +10,7 @@ import aiohttp.http_parser
 import structlog
 from gunicorn.app.base import BaseApplication
 
-from relay import listening, logs, open_files, takeover
+from relay import listening, logs, open_files, pid_file, takeover
 from relay.master import Master
 from relay.metrics_directory import MetricsDirectory
 from relay.shared import Shared
@@ -93,12 +93,12 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until told to stop."""
-        problems = takeover.taken(self.settings.pid_file)
+        problems = pid_file.taken(self.settings.pid_file)
         # Workers open the ports of gRPC by themselves, and would share them with another relay's.
         problems += listening.unbindable(listening.grpc_addresses(self.settings))
         if not problems:
             try:
-                takeover.written(self.settings.pid_file, None)
+                takeover.written(self.settings)
             except OSError as error:
                 problems = [str(error)]
         for problem in problems:

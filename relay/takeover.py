@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
-from gunicorn.pidfile import Pidfile
 
 from relay import listening
+from relay.pid_file import PidFile, taken
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from relay.settings import Settings
 
 log = structlog.get_logger("relay.takeover")
@@ -45,7 +43,7 @@ class State:
 
     settings: Settings
     generation: int
-    pid_file: Pidfile | None
+    pid_file: PidFile | None
 
 
 @dataclass(slots=True)
@@ -63,7 +61,7 @@ class Takeover:
 
     before: State
     generation: int
-    pid_file: Pidfile | None
+    pid_file: PidFile | None
     began: float = field(default_factory=time.monotonic)
     deaths: int = 0
     told: float | None = None
@@ -83,8 +81,25 @@ class Takeover:
 
     def drop_pid_file(self) -> None:
         """Remove the pid file that was written for it alone."""
-        if self.pid_file is not None and self.pid_file is not self.before.pid_file:
+        if self.pid_file is not None and not _same(self.pid_file, self.before.pid_file):
             self.pid_file.unlink()
+
+    def give_way_to(self, pid_file: PidFile | None) -> None:
+        """Remove its pid file, unless a newer reload has that one, too."""
+        if self.pid_file is not None and not _same(self.pid_file, pid_file):
+            self.drop_pid_file()
+
+    def keep_pid_file(self) -> None:
+        """Make its pid file that of the relay, and remove the one of before."""
+        before = self.before.pid_file
+        if before is not None and not _same(before, self.pid_file):
+            before.unlink()
+        if self.pid_file is not None:
+            try:
+                # The admin port may have moved, or the file of before was this one by another name.
+                self.pid_file.write()
+            except OSError as error:
+                log.warning("the pid file may be out of date", problem=str(error))
 
 
 def problems(settings: Settings, sockets: listening.Sockets, *held: Settings) -> list[str]:
@@ -97,36 +112,17 @@ def problems(settings: Settings, sockets: listening.Sockets, *held: Settings) ->
     ]
 
 
-def written(pid_file: Path | None, so_far: Pidfile | None) -> Pidfile | None:
-    """Write the pid file unless it is the one of `so_far`; return it. Raises OSError."""
-    if pid_file is None:
+def written(settings: Settings, so_far: PidFile | None = None) -> PidFile | None:
+    """Return the pid file of these settings, written if it is not the one of `so_far`. Raises OSError."""
+    if settings.pid_file is None:
         return None
-    if so_far is not None and so_far.fname == str(pid_file):
-        return so_far
-    file = Pidfile(str(pid_file))
-    try:
-        file.create(os.getpid())
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{pid_file} cannot be written: {error}") from error
-    file.pid = os.getpid()
+    file = PidFile(settings.pid_file, settings.admin.address)
+    if _same(file, so_far):
+        file.pid = os.getpid()
+    else:
+        file.write()
     return file
 
 
-def kept(pid_file: Pidfile | None) -> Pidfile | None:
-    """Return the pid file, written again if it had another name and was removed by that."""
-    if pid_file is not None:
-        try:
-            pid_file.create(os.getpid())
-        except (OSError, RuntimeError) as error:
-            log.warning("the pid file cannot be written", problem=str(error))
-        pid_file.pid = os.getpid()
-    return pid_file
-
-
-def taken(pid_file: Path | None) -> list[str]:
-    """Return what is wrong with a pid file that another process has written; gunicorn would end for it."""
-    try:
-        pid: Any = Pidfile(str(pid_file)).validate() if pid_file else None
-    except (OSError, OverflowError) as error:
-        return [f"{pid_file}: {error}"]
-    return [] if pid in (None, os.getpid()) else [f"{pid_file} is the pid file of process {pid}"]
+def _same(one: PidFile, other: PidFile | None) -> bool:
+    return other is not None and one.fname == other.fname

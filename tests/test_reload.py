@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import asynccontextmanager, closing
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
@@ -232,6 +233,33 @@ async def test_listeners_come_and_go_and_change_places(tmp_path: Path) -> None:
         await listen(first)
         assert (await off(relay.get, "/readyz"))[0] == 200
         assert relay.complaints() == []
+
+
+async def test_the_admin_port_can_be_moved(tmp_path: Path) -> None:
+    async with served(tmp_path) as relay:
+        old, relay.admin = relay.admin, free_port()
+        for number, port in enumerate((relay.admin, old), start=1):
+            change(relay, admin={"address": f"127.0.0.1:{port}"})
+            done = await off(command, relay, "reload")
+            assert done.stdout.startswith(f"generation {number} serves;"), done.stderr
+            relay.admin = port
+            assert (await off(state, relay))["serving"] == number
+        assert await off(relay.stop) == 0
+        assert list(tmp_path.glob("relay.pid*")) == []
+
+
+async def test_each_of_several_reloads_at_once_serves_its_own_settings_when_it_has_ended(
+    tmp_path: Path,
+) -> None:
+    async with served(tmp_path) as relay:
+        modes = ["normal", "maintenance"] * 3
+        for one, other in pairwise(modes):
+            change(relay, mode=one)
+            first = asyncio.create_task(off(reload.reload, load(relay.config, {})))
+            await asyncio.sleep(0.2)
+            await take_over(relay, mode=other)
+            assert (await ask(relay.port)).status == (503 if other == "maintenance" else 200)
+            await first
 
 
 async def test_two_reloads_at_once_both_succeed_and_the_last_settings_serve(tmp_path: Path) -> None:
@@ -589,8 +617,9 @@ def admin() -> Iterator[Callable[..., int]]:
         server.server_close()
 
 
-def says(generation: int, serving: int, refused: int = 0) -> bytes:
-    return json.dumps({"generation": generation, "serving": serving, "reloads_refused": refused}).encode()
+def says(generation: int, serving: int, refused: int = 0, *, reloading: bool = False) -> bytes:
+    said = {"generation": generation, "serving": serving, "reloads_refused": refused}
+    return json.dumps(said | ({"reloading": True} if reloading else {})).encode()
 
 
 @pytest.fixture
@@ -684,6 +713,47 @@ def test_it_does_not_take_an_earlier_reload_that_still_goes_on_for_its_own(
 ) -> None:
     port = admin(says(5, 4), says(5, 5), says(5, 5), says(6, 6))
     assert reload.reload(settings(tmp_path, port)).startswith("generation 6 serves;")
+    assert master() == 1
+
+
+def test_it_does_not_take_the_success_of_a_reload_that_has_read_its_settings_before_for_its_own(
+    tmp_path: Path, admin: Callable[..., int], master: Callable[[], int]
+) -> None:
+    """The relay has read the settings of before, and has not counted them yet, when it is asked."""
+    others = [says(4, 4, reloading=True), says(5, 4, reloading=True), says(5, 5)]
+    port = admin(*others, says(5, 5), says(6, 5, reloading=True), says(6, 6))
+    assert reload.reload(settings(tmp_path, port)).startswith("generation 6 serves;")
+    assert master() == 1
+
+
+def test_a_refusal_of_another_reload_is_not_its_own(
+    tmp_path: Path, admin: Callable[..., int], master: Callable[[], int]
+) -> None:
+    port = admin(says(4, 4), says(5, 4, 1, reloading=True), says(5, 5, 1))
+    assert reload.reload(settings(tmp_path, port)).startswith("generation 5 serves;")
+    assert master() == 1
+
+
+def test_workers_that_could_not_be_started_are_told(
+    tmp_path: Path, admin: Callable[..., int], master: Callable[[], int]
+) -> None:
+    port = admin(says(4, 4), says(5, 4, reloading=True), says(5, 4, 1))
+    with pytest.raises(
+        reload.ReloadError, match="could start no workers with the settings and keeps the old"
+    ):
+        reload.reload(settings(tmp_path, port))
+    assert master() == 1
+
+
+def test_a_relay_is_asked_where_it_says_that_its_admin_port_is(
+    tmp_path: Path, admin: Callable[..., int], master: Callable[[], int]
+) -> None:
+    old, new = admin(says(4, 4), says(5, 4)), admin(says(9, 9))
+    (tmp_path / "relay.pid.admin").write_text(f"127.0.0.1:{old}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "PATIENCE", 1.0)
+        with pytest.raises(reload.ReloadError, match="no worker served"):
+            reload.reload(settings(tmp_path, new))
     assert master() == 1
 
 

@@ -243,41 +243,57 @@ async def test_a_stop_in_a_reload_waits_for_no_worker_that_starts(tmp_path: Path
 # -- the parts -----------------------------------------------------------------------------------------
 
 
-def test_a_pid_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
-    path = tmp_path / "gone" / "relay.pid"
-    with pytest.raises(OSError, match=r"gone/relay\.pid cannot be written: "):
-        takeover.written(path, None)
+def with_pid_file(path: Path, admin: int = 1) -> Settings:
+    return Settings.model_validate({"pid_file": path, "admin": {"address": f"127.0.0.1:{admin}"}})
 
 
 def test_a_pid_file_is_written_once_and_stays_if_it_stays(tmp_path: Path) -> None:
     path = tmp_path / "relay.pid"
-    file = takeover.written(path, None)
-    assert file is not None
+    file = takeover.written(with_pid_file(path))
     assert path.read_text() == f"{os.getpid()}\n"
     path.write_text("other\n")
-    assert takeover.written(path, file) is file
+    again = takeover.written(with_pid_file(path), file)
+    assert again is not None
+    assert again.fname == str(path)
     assert path.read_text() == "other\n"
-    assert takeover.written(None, file) is None
+    assert takeover.written(Settings(), file) is None
 
 
 def test_a_pid_file_under_another_name_of_its_own_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    old = takeover.written(tmp_path / "relay.pid", None)
-    new = takeover.written(tmp_path / "run" / ".." / "relay.pid", old)
-    assert old is not None
-    old.unlink()
-    assert takeover.kept(new) is new
+    old = takeover.written(with_pid_file(tmp_path / "relay.pid"))
+    new = takeover.written(with_pid_file(tmp_path / "run" / ".." / "relay.pid", 2), old)
+    takeover.Takeover(takeover.State(Settings(), 0, old), 1, new).keep_pid_file()
     assert (tmp_path / "relay.pid").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "relay.pid.admin").read_text() == "127.0.0.1:2\n"
+
+
+def test_where_the_admin_port_is_is_told_when_it_has_moved(tmp_path: Path) -> None:
+    path = tmp_path / "relay.pid"
+    old = takeover.written(with_pid_file(path, 1))
+    new = takeover.written(with_pid_file(path, 2), old)
+    assert (tmp_path / "relay.pid.admin").read_text() == "127.0.0.1:1\n"
+    takeover.Takeover(takeover.State(Settings(), 0, old), 1, new).keep_pid_file()
+    assert (tmp_path / "relay.pid.admin").read_text() == "127.0.0.1:2\n"
 
 
 def test_a_reload_that_was_given_up_takes_back_the_pid_file_that_it_wrote_and_no_other(
     tmp_path: Path,
 ) -> None:
-    mine = takeover.written(tmp_path / "relay.pid", None)
-    for wanted, left in (("relay.pid", ["relay.pid"]), ("other.pid", ["relay.pid"])):
-        file = takeover.written(tmp_path / wanted, mine)
+    mine = takeover.written(with_pid_file(tmp_path / "relay.pid"))
+    for wanted in ("relay.pid", "other.pid"):
+        file = takeover.written(with_pid_file(tmp_path / wanted), mine)
         takeover.Takeover(takeover.State(Settings(), 0, mine), 1, file).drop_pid_file()
-        assert sorted(path.name for path in tmp_path.iterdir()) == left
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["relay.pid", "relay.pid.admin"]
+
+
+def test_a_reload_leaves_the_pid_file_to_a_newer_one_that_has_it_too(tmp_path: Path) -> None:
+    before = takeover.State(Settings(), 0, takeover.written(with_pid_file(tmp_path / "relay.pid")))
+    pending = takeover.Takeover(before, 1, takeover.written(with_pid_file(tmp_path / "other.pid")))
+    pending.give_way_to(takeover.written(with_pid_file(tmp_path / "other.pid"), before.pid_file))
+    assert (tmp_path / "other.pid").exists()
+    pending.give_way_to(before.pid_file)
+    assert not (tmp_path / "other.pid").exists()
 
 
 def test_addresses_that_are_held_already_are_no_problem() -> None:
