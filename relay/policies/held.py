@@ -2,7 +2,8 @@
 
 gRPC takes and gives a message whole, so what an HTTP node sends or gets in pieces is held here meanwhile. Its
 share of the quota is taken before the call asks for a place in the SuperLink's queue (`shed`): whoever waits
-for memory must not keep others from the SuperLink. It is given back when the call has ended.
+for memory must not keep others from the SuperLink. An upload that does not say its length takes more as it
+grows, and is read no further meanwhile. The share is given back when the call has ended.
 
 The messages of gRPC nodes are their wire's to hold: it receives them whole, whatever the SuperLink speaks.
 """
@@ -13,12 +14,15 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from relay.call import Call, Ending, Reply, View
+from relay.call import Call, Ending, Payload, Reply, View
 from relay.fleet import Kind, Method
-from relay.quota import GUESS, Quota
+from relay.growing import Growing
+from relay.quota import GUESS, Quota, Share
 from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from relay.pipeline import Handler
 
 
@@ -51,31 +55,36 @@ class Held:
         data, quota = call.payload.data, self._quota
         if quota is None or call.wire.grpc or (data is not None and call.method is not Method.PULL_OBJECT):
             return await next(call)
-        size = call.payload.size if data is None else GUESS
-        taken = await self._take(quota, GUESS if size is None else size)
+        size, share, whole = call.payload.size if data is None else GUESS, Share(quota), call.payload
+        first = GUESS if size is None else size
+        if not share.take_at_once(first):
+            await self._wait(share.take(first))
+        if size is None:
+            call.payload = Payload(body=Growing(whole, share, self._wait))
         try:
             reply = await next(call)
         except BaseException:
-            quota.give(taken)
+            share.give()
+            if size is None and not call.payload.passed:
+                call.payload = whole  # nothing of it is gone: it may be sent again
             raise
         if reply.payload.data is not None:
-            quota.give(taken)
+            share.give()
         else:
             if reply.payload.size is not None:
-                taken = quota.settle(taken, reply.payload.size)
-            call.on_end(partial(self._give, quota, taken))
+                share.settle(reply.payload.size)
+            call.on_end(partial(self._give, share))
         return reply
 
-    async def _take(self, quota: Quota, size: int) -> int:
-        if not quota.take_at_once(size):
-            try:
-                async with asyncio.timeout(self._queue_timeout):
-                    await quota.take(size)
-            except TimeoutError:
-                detail = "limits.max_held bytes are held already"
-                raise Refusal(Reason.OVERLOADED, detail, by=self.name, sent=False) from None
-        return size
+    async def _wait(self, taking: Awaitable[None]) -> None:
+        """Wait for a share, or for more of it. Raises Refusal: OVERLOADED if it does not come in time."""
+        try:
+            async with asyncio.timeout(self._queue_timeout):
+                await taking
+        except TimeoutError:
+            detail = "limits.max_held bytes are held already"
+            raise Refusal(Reason.OVERLOADED, detail, by=self.name, sent=False) from None
 
     @staticmethod
-    def _give(quota: Quota, taken: int, _: Call, __: Ending) -> None:
-        quota.give(taken)
+    def _give(share: Share, _: Call, __: Ending) -> None:
+        share.give()

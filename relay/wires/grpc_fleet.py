@@ -168,12 +168,11 @@ class GrpcFront:
         if len(data) > limit:
             detail = f"{len(data)} bytes, at most {limit}"
             call.fault = Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
-        if method in _OBJECTS:
-            try:
-                # It is here already, but what is made of it must wait.
-                await rpc.take(max(quota.GUESS, len(data)))
-            except Refusal as refusal:
-                call.fault = refusal
+        try:
+            # It is here already, but what is made of it must wait.
+            await rpc.grow(max(quota.GUESS, len(data)) if method in _OBJECTS else len(data))
+        except Refusal as refusal:
+            call.fault = refusal
         return await self._answer(rpc, call, self._adapted[method], context)
 
     async def _answer(
@@ -220,8 +219,12 @@ class GrpcFront:
         payload, size = reply.payload, reply.payload.size
         data = payload.data
         if data is None:
-            if size is not None:
+            if size is None:
+                payload = Payload(body=rpc.growing(payload))
+            elif size <= rpc.share.size:
                 rpc.settle(size)
+            else:
+                await rpc.grow(size)
             data = await payload.read(MOST_BYTES)
             if size not in (None, len(data)):
                 raise Refusal(Reason.UPSTREAM_BAD_ANSWER, f"{len(data)} bytes of {size} came", by="wire")

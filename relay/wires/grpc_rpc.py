@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from relay.call import Call, Ending, Reply, Source
 from relay.fleet import Kind
+from relay.growing import Growing
 from relay.quota import GUESS, Share
 from relay.refusal import Reason, Refusal
 from relay.wires.grpc_tasks import RpcTask
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from grpc import aio
 
+    from relay.call import Payload
     from relay.wires.grpc_fleet import GrpcFront
 
 #: Pulls without a node that a worker sees to their end at a time; whoever opens and leaves more cuts them.
@@ -109,6 +111,10 @@ class Rpc:
         """Have a share of so many bytes, if it is smaller. Raises what `take` raises."""
         if not self.share.grow_at_once(size):
             await self._wait(self.share.grow(size))
+
+    def growing(self, payload: Payload) -> Growing:
+        """Return a body whose share grows while `payload` comes."""
+        return Growing(payload, self.share, self._wait)
 
     def settle(self, size: int) -> None:
         """Hold as much as there really is."""

@@ -58,7 +58,7 @@ class Connections:
         self._seen: dict[int, int] = {}
 
     def brought(self, peers: Collection[str]) -> dict[str, int]:
-        """Return how many bytes the connections of these peers have brought so far, as far as that is known."""
+        """Return how many bytes the connections of these peers have brought so far, where that is known."""
         if any(peer not in self._at for peer in peers):
             self._search()
         found: dict[str, int] = {}

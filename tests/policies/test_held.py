@@ -12,7 +12,7 @@ from relay.concurrency import FixedLimit
 from relay.fleet import Kind, Method
 from relay.pipeline import Handler, Policy, compose
 from relay.policies import Held, Shed
-from relay.quota import GUESS, Quota
+from relay.quota import GUESS, STEP, Quota, Share
 from relay.refusal import Reason, Refusal
 
 MakeCall = Callable[..., Call]
@@ -131,6 +131,51 @@ async def test_who_gets_one_in_time_goes_on(make_call: MakeCall) -> None:
     assert not asking.done()
     quota.give(100)
     assert (await asking).status == 200
+    assert quota.held == 0
+
+
+async def test_an_upload_of_unknown_length_grows_and_is_read_no_further_than_there_is_room(
+    make_call: MakeCall,
+) -> None:
+    quota, read = Quota(GUESS + 10), []
+
+    class Endless:
+        async def read(self) -> bytes:
+            read.append(1)
+            return b"x" * (1 << 20)
+
+        def close(self) -> None:
+            pass
+
+    await quota.take(10)
+    quota.outgrown = Share(quota)
+
+    async def upstream(call: Call) -> Reply:
+        await call.payload.read(1 << 40)
+        raise AssertionError
+
+    call = make_call(Method.PUSH_OBJECT, Payload(body=Endless()))
+    with pytest.raises(Refusal) as caught:
+        await Held(quota, queue_timeout=0.02).handle(call, upstream)
+    assert caught.value.reason is Reason.OVERLOADED
+    assert len(read) == GUESS // (1 << 20) + 1
+    assert quota.held == 10
+
+
+async def test_an_upload_of_unknown_length_is_whole_and_counted(make_call: MakeCall) -> None:
+    quota, seen = Quota(GUESS), []
+    data = b"x" * (3 * GUESS + 5)
+
+    async def upstream(call: Call) -> Reply:
+        await call.payload.peek(3)
+        assert await call.payload.read(1 << 40) == data
+        seen.append(quota.held)
+        return await short(call)
+
+    call = make_call(Method.PUSH_OBJECT, streamed(data))
+    await call.payload.peek(10)
+    await Held(quota).handle(call, upstream)
+    assert len(data) <= seen[0] <= len(data) + STEP
     assert quota.held == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -261,6 +262,29 @@ async def test_a_small_message_comes_soon_or_not_at_all(serve: Serve, method: Me
         await served.until(lambda: served.ended, ticks=True)
         await call
     assert (await served.ending()).outcome == "malformed"
+
+
+async def test_a_small_message_that_is_long_is_refused_before_it_is_here(serve: Serve) -> None:
+    served = await serve(length, max_body=1 << 30)
+    limits = replace(served.front.messages.limits, bodies=dict.fromkeys(Method, 10_000))
+    served.front.messages.limits = limits
+    async with Line(served.server.port, 8e6) as line, GrpcNode(line.port) as node:
+        answer = await node.ask(Method.SEND_NODE_HEARTBEAT, b"x" * 12_000_000)
+        assert answer.code == "UNAVAILABLE"
+        assert (await served.ending()).outcome == "too_large"
+        assert line.carried < 6_000_000
+
+
+async def test_what_was_put_off_takes_what_it_needs_when_it_comes_again(serve: Serve) -> None:
+    served = await serve(length)
+    served.front.messages.expected["ipv4:127.0.0.1"] = GUESS + 1
+    push = await silent_push(served.node)
+    await served.until(lambda: served.held.held == GUESS + 1)
+    push.cancel()
+    await served.ending()
+    push = await silent_push(served.node)
+    await served.until(lambda: served.held.held == GUESS)
+    push.cancel()
 
 
 async def test_a_node_that_leaves_within_its_message_is_gone(serve: Serve) -> None:

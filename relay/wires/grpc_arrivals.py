@@ -1,0 +1,117 @@
+"""Holds the messages of gRPC calls to what was granted them while they come.
+
+gRPC receives a message whole once it is asked for, says nothing of its length, and cannot be stopped but by
+the end of the call. What comes on the connection the kernel counts, so this looks at the connections on which
+messages are awaited, many times a second: a message that outgrows its share of the quota takes more, or its
+call ends. Of several messages on one connection nobody can say which it is that grows; the oldest is taken
+for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from relay.quota import STEP
+from relay.refusal import Reason, Refusal
+from relay.wires.grpc_sockets import Connections
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from relay.wires.grpc_message import Incoming
+
+#: Seconds between two looks; what comes meanwhile comes unseen.
+_EVERY = 0.02
+#: Looks take at most this share of the time.
+_SHARE = 0.05
+#: What a connection may bring beyond: heads of calls, framing, and what gRPC takes of messages unasked.
+SLACK = 1024 * 1024
+#: TLS and HTTP/2 make a message longer by less than one part in so many.
+_FRAMING = 64
+
+
+class _Connection:
+    """What a connection had brought when it was first looked at, and what of that was of ended messages."""
+
+    __slots__ = ("base", "done")
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.done = 0
+
+
+class Arrivals:
+    """Looks at the connections of one listener while messages are awaited there."""
+
+    def __init__(self) -> None:
+        """Watch nothing yet."""
+        self._sockets = Connections()
+        self._known: dict[str, _Connection] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: Iterable[Incoming] = ()
+
+    def watch(self, waiting: Iterable[Incoming]) -> None:
+        """Look at these, until there are none; harmless when repeated."""
+        if self._timer is None:
+            self._waiting = waiting
+            self._timer = asyncio.get_running_loop().call_later(_EVERY, self._look)
+
+    def came(self, peer: str, size: int) -> None:
+        """Note that a message of so many bytes is here, or will not come."""
+        known = self._known.get(peer)
+        if known is not None:
+            known.done += size
+
+    def _look(self) -> None:
+        self._timer = None
+        groups: dict[str, list[Incoming]] = {}
+        for each in self._waiting:
+            groups.setdefault(each.peer, []).append(each)
+        for peer in self._known.keys() - groups.keys():
+            del self._known[peer]
+        if not groups:
+            return
+        began = time.perf_counter()
+        for peer, brought in self._sockets.brought(groups).items():
+            known = self._known.get(peer)
+            if known is None:
+                self._known[peer] = _Connection(brought)
+            else:
+                self._check(known, groups[peer], brought)
+        took = time.perf_counter() - began
+        self._timer = asyncio.get_running_loop().call_later(max(_EVERY, took / _SHARE), self._look)
+
+    def _check(self, known: _Connection, group: list[Incoming], brought: int) -> None:
+        """Have the messages that are awaited on one connection keep to what was granted them."""
+        pending = brought - known.base - known.done
+        pending -= pending // _FRAMING
+        room = SLACK + sum(each.room for each in group)
+        if pending <= room:
+            return
+        long = sorted((each for each in group if each.long), key=lambda each: each.started)
+        if not long:
+            self._too_large(group)
+            return
+        growing = next((each for each in long if each.room < each.limit), None)
+        if growing is None:
+            self._too_large(group)
+        elif not growing.grow_at_once(pending - room + STEP):
+            for each in long:
+                self._put_off(each, pending)
+        elif growing.alone:
+            for each in long:
+                if each is not growing:
+                    self._put_off(each, pending)
+
+    @staticmethod
+    def _too_large(group: list[Incoming]) -> None:
+        for each in group:
+            each.refuse(Refusal(Reason.TOO_LARGE, f"at most {each.limit} bytes", by="wire", sent=False))
+
+    @staticmethod
+    def _put_off(message: Incoming, size: int) -> None:
+        message.expect(2 * size)
+        detail = "outgrew its share, and limits.max_held bytes are held already"
+        message.refuse(Refusal(Reason.OVERLOADED, detail, by="wire", sent=False))
