@@ -192,24 +192,24 @@ class Connection(Response):
     async def whole(self, most: int, *, patient: bool = False) -> bool:
         """Wait for the end of the response; return whether it came before `most` bytes or the time were over.
 
-        What has come stays here.
+        What has come stays here. Each piece has `idle_timeout`.
 
         Args:
             most: bytes of the body that are waited for.
-            patient: wait as long as pieces come, each within `idle_timeout`, and not only for what is left
-                of the exchange's `timeout`.
+            patient: wait for as long as pieces come, and not only for the rest of the exchange's `timeout`.
 
         Raises: what `read` raises, but for UPSTREAM_TIMEOUT.
         """
         self._high_water = max(most, HIGH_WATER)
-        until, seen = self._answer_by, -1
+        until, seen = 0.0, -1
         try:
             while not self._response_done and self.received <= most:
                 if self._error is not None:
                     raise self._error
                 now = self._loop.time()
-                if patient and self.received > seen:
+                if self.received > seen:
                     until, seen = now + self._idle_timeout, self.received
+                    until = until if patient else min(until, self._answer_by)
                 if now >= until:
                     break
                 self._resume_reading()
