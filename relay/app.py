@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from relay import admission
 from relay.call import Call, Reply, Wire
-from relay.concurrency import AdaptiveLimit, FixedLimit
 from relay.credentials.keys.table import KeyTable
 from relay.credentials.node_keys import NodeKeys
 from relay.fleet import MAX_REQUEST, Method
 from relay.limits import Limits, bodies
+from relay.log_metrics import LogMetrics
 from relay.pipeline import Chain, Handler, Policy, compose
 from relay.policies import (
     BRIDGES,
@@ -44,7 +44,7 @@ from relay.stores.node_signers import NodeSigners
 from relay.stores.nodes import Nodes
 from relay.stores.records import HostRecords
 from relay.stores.upstreams import UpstreamTable
-from relay.superlink import superlink
+from relay.superlink import budgets, shed, sheds_each, superlink, urls
 from relay.tls_files import ListenerTls, UpstreamTls
 from relay.tls_metrics import NO_TLS, Handshakes, Tls
 from relay.wires.forwarded import Forwarding
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from relay import settings as settings_of
-    from relay.policies.shed import Limit
     from relay.settings import Listener, Settings
     from relay.stores.kept_hosts import Redis
     from relay.stores.nodes_redis import NodesAcrossHosts
@@ -68,8 +67,6 @@ SPECS = {spec.wire: spec for spec in (HTTP_V1, REST_V0)}
 
 #: Most bytes that are held of a body for a policy that needs it whole.
 BUFFER_LIMIT = 64 * 1024 * 1024
-#: Calls that a worker sends at a time before it knows how fast the SuperLink is.
-_FIRST_LIMIT = 16
 
 
 async def _nothing() -> None:
@@ -120,7 +117,15 @@ def build(
     """
     held = Quota(settings.limits.max_held)
     tls = _tls(settings, table)
-    pool = superlink(settings, upstreams or UpstreamTable(), tls.upstream)
+    sheds: list[Shed] = []
+
+    def limited(handler: Handler) -> Handler:
+        sheds.append(shed(settings.shed))
+        return partial(sheds[-1].handle, next=handler)
+
+    pool = superlink(
+        settings, upstreams or UpstreamTable(), tls.upstream, limited if sheds_each(settings) else None
+    )
     counting = Metrics()
     keys = admission.key_table(settings.keys)
     node_keys = admission.node_keys(settings.node_keys)
@@ -130,8 +135,9 @@ def build(
     ticks: list[Callable[[], None]] = [counting.sample, keys.tick, *(auth.sample for auth in asking)]
     ticks += [node_keys.tick, *(policy.tick for policy in chosen if isinstance(policy, Quarantine))]
     ticks += [policy.sample for policy in chosen if isinstance(policy, Inventory)]
-    ticks += [policy.sample for policy in chosen if isinstance(policy, Shed)]
-    ticks += [tls.tick, pool.tick]
+    sheds += [policy for policy in chosen if isinstance(policy, Shed)]
+    ticks.append(partial(Shed.sample, sheds))
+    ticks += [tls.tick, pool.tick, LogMetrics().sample]
     across = _across(settings, nodes)
     if across is not None:
         ticks.append(partial(across.tick, table))
@@ -277,12 +283,13 @@ def policies(
             base=retry.base,
             cap=retry.cap,
             budget=Budget(retry.budget, retry.floor),
+            budgets=budgets(settings),
         ),
         Held: Held(
             (held or Quota(settings.limits.max_held)) if settings.upstream.wire is Wire.GRPC else None,
             queue_timeout=settings.upstream.queue_timeout,
         ),
-        Shed: _shed(settings.shed),
+        Shed: shed(settings.shed, elsewhere=sheds_each(settings)),
         Signing: _signing(settings),
         Accepted: Accepted(enabled=signed, pairs=nodes.pairs),
     }
@@ -315,7 +322,9 @@ async def _unreachable(_: Call) -> Reply:
 
 
 def _chain(settings: Settings, chosen: tuple[Policy, ...], upstream: Handler, method: Method) -> Chain:
-    name = f"{settings.upstream.wire.value} {settings.upstream.url}"
+    name = f"{settings.upstream.wire.value} " + " | ".join(map(str, urls(settings.upstream)))
+    if sheds_each(settings):
+        name = f"shed of each of {name}"
     return compose(chosen, upstream, method, upstream_name=name, buffer_limit=BUFFER_LIMIT)
 
 
@@ -358,17 +367,3 @@ def _tls(settings: Settings, table: HostTable) -> Tls:
 def _certificate_header(listener: Listener) -> bytes:
     header = listener.client_certificate_header
     return b"" if header == "off" else header.lower().encode()
-
-
-def _shed(section: settings_of.Shed) -> Shed:
-    limit: Limit | None = None
-    if section.mode == "fixed":
-        limit = FixedLimit(section.limit)
-    elif section.mode == "adaptive":
-        limit = AdaptiveLimit(first=_FIRST_LIMIT, least=section.min_limit, most=section.limit)
-    return Shed(
-        limit=limit,
-        queue=section.queue,
-        queue_timeout=section.queue_timeout,
-        max_bytes=section.max_bytes,
-    )

@@ -226,10 +226,10 @@ class Retry(_Section):
 
     budget: Share = 0.2
     """Repeats as a share of calls: 0.2 is one for every five. It keeps an outage from being answered with a
-    multiple of the normal load."""
+    multiple of the normal load. Each address of the SuperLink has its own share."""
 
     floor: Rate = 10.0
-    """Repeats per second that a worker may make whatever the budget says."""
+    """Repeats per second that a worker may make at each address whatever the budget says."""
 
 
 class Repair(_Section):

@@ -58,7 +58,7 @@ class Breaker(Section):
 
 class Shed(Section):
     """Load shedding: how many calls each worker sends to the SuperLink at a time. What would wait for too
-    long is refused, pulls first ("nothing now"), heartbeats last."""
+    long is refused, pulls first ("nothing now"), heartbeats last. All numbers are for each address of it."""
 
     mode: Annotated[Literal["adaptive", "fixed", "off"], BeforeValidator(off)] = "adaptive"
     """`adaptive` finds the number of calls from how long the SuperLink takes, between `min_limit` and

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relay.call import Wire
+from relay.concurrency import AdaptiveLimit, FixedLimit
+from relay.policies.retry import Budget
+from relay.policies.shed import Shed
 from relay.upstreams import http_v1, rest_v0
 from relay.upstreams.balance import Address, Balance
 from relay.upstreams.breaker import Breaker
@@ -19,9 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.pipeline import Handler
+    from relay.policies.shed import Limit
     from relay.settings import BaseUrl, Settings, Upstream
+    from relay.settings import Shed as ShedSection
     from relay.stores.upstreams import UpstreamTable
     from relay.tls_files import UpstreamTls
+
+#: Calls that a worker sends at a time before it knows how fast the SuperLink is.
+_FIRST_LIMIT = 16
 
 UPSTREAMS = {Wire.HTTP_V1: http_v1.upstream, Wire.REST_V0: rest_v0.upstream}
 QUESTIONS = {Wire.HTTP_V1: http_v1.QUESTION, Wire.REST_V0: rest_v0.QUESTION}
@@ -32,13 +40,50 @@ def urls(section: Upstream) -> tuple[BaseUrl, ...]:
     return (section.url, *section.addresses, *section.standby)
 
 
-def superlink(settings: Settings, table: UpstreamTable, tls: UpstreamTls | None) -> Balance:
+def budgets(settings: Settings) -> dict[str, Budget]:
+    """Return a budget of repeats for each of several addresses, by its name, with its share of the calls."""
+    section, retry = settings.upstream, settings.retry
+    several = urls(section)
+    if len(several) == 1:
+        return {}
+    share = retry.budget / (len(several) if section.shared_state else 1)
+    return {f"{url.host}:{url.port}": Budget(share, retry.floor) for url in several}
+
+
+def sheds_each(settings: Settings) -> bool:
+    """Return whether each address limits its own calls: of several, one says nothing about the others."""
+    several = len(urls(settings.upstream)) > 1
+    return several and settings.shed.mode != "off" and settings.mode != "pass_through"
+
+
+def shed(section: ShedSection, *, elsewhere: bool = False) -> Shed:
+    """Return the policy that these settings ask for; one that leaves no trace if it is done `elsewhere`."""
+    limit: Limit | None = None
+    if section.mode == "fixed" and not elsewhere:
+        limit = FixedLimit(section.limit)
+    elif section.mode == "adaptive" and not elsewhere:
+        limit = AdaptiveLimit(first=_FIRST_LIMIT, least=section.min_limit, most=section.limit)
+    return Shed(
+        limit=limit,
+        queue=section.queue,
+        queue_timeout=section.queue_timeout,
+        max_bytes=section.max_bytes,
+    )
+
+
+def superlink(
+    settings: Settings,
+    table: UpstreamTable,
+    tls: UpstreamTls | None,
+    limited: Callable[[Handler], Handler] | None = None,
+) -> Balance:
     """Make the way to the SuperLink. Call it inside the running event loop.
 
     Args:
         settings: the whole tree.
         table: what the workers of the host share about addresses.
         tls: its files, for https.
+        limited: put before the handler of each address, if there are several.
     """
     section = settings.upstream
     if section.wire is Wire.GRPC:
@@ -75,6 +120,7 @@ def superlink(settings: Settings, table: UpstreamTable, tls: UpstreamTls | None)
                 failures=health.failures,
                 on_result=reconsider,
             )
+            handler = limited(handler) if limited is not None else handler
         limits = _health(settings, pool.name, table)
         made.append(Address(pool, handler, limits, breaker=breaker, resolver=pool.resolver, check=check))
     balance = Balance(made, table, shared_state=section.shared_state, standby_after=section.standby_after)

@@ -196,6 +196,15 @@ def test_an_explained_chain_runs_from_the_metrics_to_the_superlink() -> None:
         assert chain.steps[-1] == "rest_v0 http://127.0.0.1:9"
 
 
+def test_an_explained_chain_says_where_calls_are_limited() -> None:
+    more = {"UPSTREAM__STANDBY": "[http://127.0.0.1:8]"}
+    *_, chain = next(chains(settings(9, **more)))
+    assert "shed" not in chain.steps
+    assert chain.steps[-1] == "shed of each of http_v1 http://127.0.0.1:9 | http://127.0.0.1:8"
+    *_, chain = next(chains(settings(9, **more, SHED__MODE="off")))
+    assert chain.steps[-1] == "http_v1 http://127.0.0.1:9 | http://127.0.0.1:8"
+
+
 async def test_an_explained_chain_cannot_be_called(make_call: MakeCall) -> None:
     _, _, method, chain = next(chains(settings()))
     with pytest.raises(AssertionError, match="not called"):
@@ -407,6 +416,28 @@ async def test_the_superlink_is_given_as_many_calls_at_a_time_as_were_set() -> N
         for peer in peers:
             await peer.send_all(response(b"\x08\x07"))
         assert [answer.body for answer in await asyncio.gather(*asking)] == [b"\x08\x07"] * 5
+
+
+async def test_each_of_several_addresses_is_given_as_many() -> None:
+    """What one is slow with costs nobody a place at the other."""
+    async with Listener() as first, Listener() as second:
+        chosen = {
+            "SHED__MODE": "fixed",
+            "SHED__LIMIT": "4",
+            "UPSTREAM__ADDRESSES": f"[http://127.0.0.1:{second.port}]",
+            "UPSTREAM__SHARED_STATE": "true",
+        }
+        async with running(settings(first.port, **chosen)) as (port,):
+            asking = [asyncio.create_task(ask(port, GET_RUN)) for _ in range(9)]
+            peers = [await listener.accept() for listener in (first, second) for _ in range(4)]
+            await asyncio.sleep(0.1)
+            assert (len(first.peers), len(second.peers)) == (4, 4)
+            for peer in peers:
+                await peer.message()
+                await peer.send_all(response(b"\x08\x07"))
+            await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            for task in asking:
+                task.cancel()
 
 
 async def test_a_superlink_that_is_not_there_costs_no_node_its_life() -> None:

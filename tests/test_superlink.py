@@ -13,7 +13,7 @@ from relay.policies.shed import Shed
 from relay.refusal import Refusal
 from relay.settings import load
 from relay.stores.upstreams import OPEN, UpstreamTable
-from relay.superlink import superlink
+from relay.superlink import budgets, shed, sheds_each, superlink
 from relay.tls_files import UpstreamTls
 from relay.upstreams.breaker import Breaker
 from relay.upstreams.http import HttpUpstream
@@ -24,10 +24,10 @@ from tests.grpc_ends import GrpcSuperLink
 from tests.sockets import Listener, response, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from relay.call import Call
+    from relay.call import Call, Reply
     from relay.settings import Settings
     from relay.upstreams.balance import Balance
 
@@ -181,11 +181,64 @@ def test_what_does_not_fit_together_is_named(environ: dict[str, str], problem: s
 
 @pytest.mark.parametrize(("mode", "first"), [("adaptive", 16), ("fixed", 128), ("off", None)])
 def test_the_mode_of_shedding_is_the_limit_that_it_has(mode: str, first: int | None) -> None:
-    from relay.app import _shed  # noqa: PLC0415
-
-    policy = _shed(settings(SHED__MODE=mode).shed)
+    policy = shed(settings(SHED__MODE=mode).shed)
     assert isinstance(policy, Shed)
     assert (policy._limit.value if policy._limit is not None else None) == first
+
+
+STANDBY = {"UPSTREAM__STANDBY": "[http://b:1]"}
+SHARED = {"UPSTREAM__ADDRESSES": "[http://b:1, http://c:1]", "UPSTREAM__SHARED_STATE": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        (STANDBY, True),
+        (SHARED, True),
+        (SHARED | {"SHED__MODE": "off"}, False),
+        (SHARED | {"MODE": "pass_through"}, False),
+    ],
+)
+async def test_each_of_several_addresses_has_a_limit_of_its_own(
+    environ: dict[str, str], *, expected: bool
+) -> None:
+    chosen = settings(**environ)
+    assert sheds_each(chosen) is expected
+    limited: list[object] = []
+
+    def limit(handler: Callable[[Call], Awaitable[Reply]]) -> Callable[[Call], Awaitable[Reply]]:
+        limited.append(handler)
+        return handler
+
+    balance = superlink(chosen, UpstreamTable(), None, limit)
+    several = len(balance.addresses) > 1
+    assert limited == ([address.handler for address in balance.addresses] if several else [])
+    await balance.close()
+
+
+@pytest.mark.parametrize(
+    ("environ", "calls"),
+    [
+        (STANDBY, {"127.0.0.1:8000": 5, "b:1": 5}),
+        (SHARED, {"127.0.0.1:8000": 15, "b:1": 15, "c:1": 15}),
+        ({}, {}),
+    ],
+)
+def test_each_of_several_addresses_has_its_share_of_the_repeats(
+    environ: dict[str, str], calls: dict[str, int]
+) -> None:
+    """A repeat for every so many calls of the worker."""
+    made = budgets(settings(**environ, RETRY__BUDGET="0.2", RETRY__FLOOR="0.001"))
+    assert list(made) == list(calls)
+    for name, budget in made.items():
+        assert budget.withdraw()  # what is saved up
+        for _ in range(calls[name] - 1):
+            budget.deposit()
+        assert not budget.withdraw()
+        for _ in range(2):
+            budget.deposit()
+        assert budget.withdraw()
 
 
 async def test_a_grpc_superlink_is_checked_by_the_authorities_that_the_file_holds_now(

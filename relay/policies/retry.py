@@ -5,7 +5,8 @@ second pull would find nothing; push-object says `stored=false` the second time,
 its reply. Such a call is repeated only if no byte of it can have left the relay.
 
 Repeats wait with exponential backoff and full jitter, end before the node gives up, and share a budget per
-worker, so that an outage is not answered with a multiple of the normal load.
+worker and address, so that an outage is not answered with a multiple of the normal load, and one address that
+fails uses nothing up of the others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from relay.fleet import Kind
 from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from relay.fleet import Method
     from relay.pipeline import Handler
@@ -77,12 +78,29 @@ class Retry:
     name: ClassVar[str] = "retry"
     sees: ClassVar[View] = View.HEAD
 
-    def __init__(self, *, enabled: bool, base: float, cap: float, budget: Budget) -> None:
-        """Wait up to `base` seconds before the first repeat, twice that before the next, at most `cap`."""
+    def __init__(
+        self,
+        *,
+        enabled: bool,
+        base: float,
+        cap: float,
+        budget: Budget,
+        budgets: Mapping[str, Budget] | None = None,
+    ) -> None:
+        """Wait up to `base` seconds before the first repeat, twice that before the next, at most `cap`.
+
+        Args:
+            enabled: whether anything is repeated.
+            base, cap: see above.
+            budget: what repeats are taken from, but for those after refusals by who has one in `budgets`.
+            budgets: by address.
+        """
         self._enabled = enabled
         self._base = base
         self._cap = cap
         self._budget = budget
+        self._budgets = dict(budgets or {})
+        self._all = (budget, *self._budgets.values())
 
     def applies(self, method: Method) -> bool:
         """Every method may be repeated at least when it never left."""
@@ -90,7 +108,8 @@ class Retry:
 
     async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         """Pass the call on, and again. Raises the last Refusal if it must not be repeated (any more)."""
-        self._budget.deposit()
+        for budget in self._all:
+            budget.deposit()
         repeats = 0
         while True:
             try:
@@ -101,12 +120,15 @@ class Retry:
                 if not in_time or not may_repeat(call, refusal):
                     raise
                 # What the breaker refused was not sent, so the next attempt is no load that comes on top.
-                if refusal.reason is not Reason.BREAKER_OPEN and not self._budget.withdraw():
+                if refusal.reason is not Reason.BREAKER_OPEN and not self._withdraw(refusal):
                     DENIED.labels(call.method.rpc).inc()
                     raise
                 RETRIES.labels(call.method.rpc, refusal.reason.value).inc()
             repeats += 1
             await asyncio.sleep(wait)
+
+    def _withdraw(self, refusal: Refusal) -> bool:
+        return self._budgets.get(refusal.by, self._budget).withdraw()
 
 
 def may_repeat(call: Call, refusal: Refusal) -> bool:

@@ -29,7 +29,7 @@ from relay.fleet import Kind, Method
 from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterable
 
     from relay.pipeline import Handler
 
@@ -77,7 +77,7 @@ class Limit(Protocol):
 
 
 class Shed:
-    """Limits the calls of one worker to the SuperLink.
+    """Limits the calls of one worker to one address of the SuperLink.
 
     Attributes:
         slots: calls in flight, and who waits to be one.
@@ -137,13 +137,15 @@ class Shed:
             self._carry(call, reply)
         return reply
 
-    def sample(self) -> None:
-        """Write the gauges; to be called once a second, and when the worker ends."""
-        if self._limit is not None:
-            LIMIT.set(self._limit.value)
-            IN_FLIGHT.set(self.slots.inside)
-            IN_FLIGHT_BYTES.set(self.bytes.inside)
-            QUEUED.set(self.slots.waiting + self.bytes.waiting)
+    @staticmethod
+    def sample(sheds: Iterable[Shed]) -> None:
+        """Write the gauges of all of a worker; to be called once a second, and when it ends."""
+        limits = [(shed, shed._limit) for shed in sheds if shed._limit is not None]  # noqa: SLF001
+        if limits:
+            LIMIT.set(sum(limit.value for _, limit in limits))
+            IN_FLIGHT.set(sum(shed.slots.inside for shed, _ in limits))
+            IN_FLIGHT_BYTES.set(sum(shed.bytes.inside for shed, _ in limits))
+            QUEUED.set(sum(shed.slots.waiting + shed.bytes.waiting for shed, _ in limits))
 
     # -- long bodies --------------------------------------------------------------------------------
 

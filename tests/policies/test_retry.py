@@ -187,6 +187,28 @@ def test_switched_off_it_is_in_no_chain() -> None:
 # -- the budget -------------------------------------------------------------------------------------
 
 
+async def test_an_address_that_fails_uses_nothing_up_of_the_others(make_call: MakeCall) -> None:
+    budgets = {name: Budget(0.0, 0.2) for name in ("a:1", "b:1")}  # two repeats each
+    policy = Retry(enabled=True, base=0.001, cap=0.001, budget=Budget(0.0, 0.1), budgets=budgets)
+
+    async def repeats(by: str) -> int:
+        upstream = Upstream(*[Refusal(Reason.UPSTREAM_DOWN, by=by)] * 9)
+        with pytest.raises(Refusal):
+            await policy.handle(make_call(Method.GET_RUN, b"x"), upstream)
+        return upstream.calls - 1
+
+    assert [await repeats(by) for by in ("a:1", "a:1", "b:1", "shed", "other")] == [2, 0, 2, 1, 0]
+
+
+async def test_each_call_adds_to_what_each_address_may_repeat(make_call: MakeCall) -> None:
+    budgets = {"a:1": Budget(0.5, 1e-9)}
+    policy = Retry(enabled=True, base=0.001, cap=0.001, budget=Budget(0.0, 1e-9), budgets=budgets)
+    assert budgets["a:1"].withdraw()
+    for _ in range(2):
+        await policy.handle(make_call(Method.GET_RUN, b"x"), Upstream())
+    assert [budgets["a:1"].withdraw(), budgets["a:1"].withdraw()] == [True, False]
+
+
 class Clock:
     now = 0.0
 

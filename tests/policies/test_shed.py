@@ -457,7 +457,7 @@ async def test_the_gauges_show_what_is_under_way(make_call: MakeCall, upstream: 
     tasks = start(policy, upstream, *(make_call(Method.GET_RUN) for _ in range(5)))
     policy.bytes.force(7)
     await settle()
-    policy.sample()
+    Shed.sample([policy])
     assert [
         REGISTRY.get_sample_value(f"relay_{name}")
         for name in ("concurrency_limit", "in_flight", "queued", "in_flight_bytes")
@@ -466,6 +466,6 @@ async def test_the_gauges_show_what_is_under_way(make_call: MakeCall, upstream: 
         task.cancel()
     await settle()
     policy.bytes.leave(7)
-    policy.sample()
-    Shed(limit=None, queue=1, queue_timeout=1, max_bytes=1).sample()
-    assert REGISTRY.get_sample_value("relay_concurrency_limit") == 2
+    Shed.sample([policy, shed(3)])
+    Shed.sample([Shed(limit=None, queue=1, queue_timeout=1, max_bytes=1)])
+    assert REGISTRY.get_sample_value("relay_concurrency_limit") == 5
