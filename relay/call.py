@@ -61,11 +61,11 @@ class Source(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a caller has proved to be; what limits, caches, audit and metrics go by.
+    """Who a caller has proved to be; what logs, the inventory, quarantine and signing go by.
 
     Attributes:
         name: of the key, certificate or node; unique in its tenant.
-        tenant: the group that shares limits and caches; "" if there is one only.
+        tenant: the group that it is of; "" if there is one only.
         labels: what the operator wrote beside the credential.
         by: the credentials that proved it, for example ("api_key", "node_signature").
     """
