@@ -14,6 +14,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 
 from relay import listening, takeover
+from relay.processor import Waits
 from relay.settings import SettingsError
 from relay.takeover import State, Takeover
 from relay.worker import HELD_SIGNALS
@@ -83,6 +84,7 @@ class Master(Arbiter):  # type: ignore[misc]
         self._start_at = 0.0
         self._looked = time.monotonic()
         self._spared_until = 0.0
+        self._waits = Waits()
         super().__init__(app)
 
     def start(self) -> None:
@@ -148,12 +150,13 @@ class Master(Arbiter):  # type: ignore[misc]
         super().kill_worker(pid, sig)
 
     def murder_workers(self) -> None:
-        """Kill workers that tell nothing of themselves, unless the whole host stood still."""
+        """Kill workers that tell nothing of themselves, unless the whole host stood still, or is too busy."""
         now = time.monotonic()
         if now - self._looked > AWAY_SECONDS:
             log.warning("the host stood still; workers get a new period", seconds=round(now - self._looked))
             self._spared_until = now + self.timeout
         self._looked = now
+        self._waits.forgive(self.WORKERS)
         if now >= self._spared_until:
             super().murder_workers()
 

@@ -27,16 +27,18 @@ CALL = (
     b"Content-Type: application/protobuf\r\nContent-Length: 3\r\n\r\nabc"
 )
 
-#: The relay, impatient: with workers that fail while there is a file `fail`, and a master whose wall clock is
-#: an hour ahead while there is one `jump`.
+#: The relay, impatient: with workers that fail while there is a file `fail`, and wait for a processor all the
+#: time while there is one `busy`, and a master whose wall clock is an hour ahead while there is one `jump`.
 ODD = """
 import os, sys, time
 from pathlib import Path
-from relay import master, server, worker
+from relay import master, processor, server, worker
 from relay.settings import load
 config = Path(sys.argv[1])
 server.HUNG_SECONDS = 3
 master.AWAY_SECONDS = 2
+busy = config.parent / "busy"
+master.Waits = lambda: processor.Waits(lambda _: time.monotonic() if busy.exists() else 0.0)
 original = worker._prepare_metrics
 def prepare():
     if (config.parent / "fail").exists():
@@ -97,6 +99,18 @@ async def test_workers_outlive_a_host_that_stands_still_and_one_that_hangs_does_
         processes[1].suspend()
         await until(relay, lambda: relay.count("worker serves") == 3)
         await until(relay, lambda: processes[1].pid not in pids(relay))
+
+
+async def test_a_worker_that_gets_no_processor_is_not_killed_for_its_silence(tmp_path: Path) -> None:
+    async with odd(tmp_path, workers=1) as relay:
+        (worker,) = relay.workers()
+        (tmp_path / "busy").touch()
+        await asyncio.sleep(2)
+        worker.suspend()
+        await asyncio.sleep(7)
+        assert pids(relay) == {worker.pid}
+        (tmp_path / "busy").unlink()
+        await until(relay, lambda: worker.pid not in pids(relay))
 
 
 async def test_a_clock_that_is_set_in_a_drain_cuts_no_call(tmp_path: Path) -> None:
