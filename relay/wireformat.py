@@ -124,7 +124,12 @@ def encode_uint(number: int, value: int) -> bytes:
 
 def encode_bytes(number: int, value: bytes) -> bytes:
     """Return the length-delimited field `number` with `value`: a string, bytes or a message."""
-    return _encode_varint(number << 3 | _LENGTH) + _encode_varint(len(value)) + value
+    return bytes_head(number, len(value)) + value
+
+
+def bytes_head(number: int, size: int) -> bytes:
+    """Return what stands before the `size` bytes of the length-delimited field `number`."""
+    return _encode_varint(number << 3 | _LENGTH) + _encode_varint(size)
 
 
 def _encode_varint(value: int) -> bytes:

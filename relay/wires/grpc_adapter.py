@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relay.fleet import BY_REQUEST, Method
-from relay.wireformat import TruncatedError, encode_bytes, fields
+from relay.wireformat import TruncatedError, bytes_head, encode_bytes, fields
 
 PATH = "/flwr.proto.GrpcAdapter/SendReceive"
 
@@ -60,7 +60,8 @@ def unpack(container: bytes) -> Contained:
 
 def pack(method: Method, data: bytes) -> bytes:
     """Put an answer to `method` into a container, with what tells its type as Flower writes it."""
-    return _HEADS[method] + encode_bytes(_CONTENT, data)
+    # Copied once: it may be a model.
+    return b"".join((_HEADS[method], bytes_head(_CONTENT, len(data)), data))
 
 
 def _head(method: Method) -> bytes:
