@@ -13,7 +13,6 @@ from relay.credentials.keys.table import KeyTable
 from relay.credentials.node_keys import NodeKeys
 from relay.fleet import MAX_REQUEST, Method
 from relay.limits import Limits, bodies
-from relay.log_metrics import LogMetrics
 from relay.pipeline import Chain, Handler, Policy, compose
 from relay.policies import (
     BRIDGES,
@@ -137,7 +136,7 @@ def build(
     ticks += [policy.sample for policy in chosen if isinstance(policy, Inventory)]
     sheds += [policy for policy in chosen if isinstance(policy, Shed)]
     ticks.append(partial(Shed.sample, sheds))
-    ticks += [tls.tick, pool.tick, LogMetrics().sample]
+    ticks += [tls.tick, pool.tick]
     across = _across(settings, nodes)
     if across is not None:
         ticks.append(partial(across.tick, table))
@@ -210,6 +209,7 @@ def _grpc_front(
         tls=listener.tls is not None,
         on_stray=metrics.stray,
         admit=auth.admit if listener.auth.accept else None,
+        withheld=admission.withheld(listener.auth),
     )
 
 

@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from relay.app import chains
+from relay.app import build, chains
 from relay.call import Wire
 from relay.credentials.keys.file import FileKeys
 from relay.credentials.keys.key import generate
 from relay.credentials.keys.record import KeyRecord, hashed, pepper_name
 from relay.fleet import Method
 from relay.settings import Settings
+from relay.stores.host import HostTable
+from relay.wireformat import encode_bytes
+from relay.wires import grpc_adapter
+from relay.wires.grpc_fleet import GrpcFront
+from relay.wires.grpc_server import GrpcServer
+from tests.grpc_ends import GrpcNode, GrpcSuperLink
 from tests.sockets import CutError, Listener, response
 from tests.test_app import GET_RUN, PULL, REST, V1, ask, running
 from tests.test_app import settings as settings_for
@@ -72,6 +78,35 @@ async def test_a_credential_that_nobody_asks_for_stays_here_unless_it_is_to_be_s
         assert len(sent.all(b"authorization")) == forward
         assert sent.all(b"x-api-key") == ([b"secret"] if forward else [])
         assert sent.one(b"flwr-signature") == b"proof"
+
+
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("wire", [Wire.GRPC, Wire.GRPC_ADAPTER])
+async def test_a_credential_that_nobody_asks_for_stays_here_over_grpc_too(wire: Wire, forward: bool) -> None:
+    given = {
+        "UPSTREAM__WIRE": "grpc",
+        "LISTENERS__0__ADDRESS": "127.0.0.1:1",
+        **({"LISTENERS__0__AUTH__FORWARD": "true"} if forward else {}),
+    }
+    secrets: list[tuple[str, str | bytes]] = [("authorization", "Bearer secret"), ("x-api-key", "secret")]
+    async with GrpcSuperLink() as superlink:
+        relay = build(settings_for(superlink.port, **given), HostTable(64))
+        (front,) = relay.fronts
+        assert isinstance(front, GrpcFront)
+        server = GrpcServer(front, "127.0.0.1:0", max_body=1 << 20, keepalive=75.0)
+        await server.start()
+        try:
+            async with GrpcNode(server.port) as node:
+                path = Method.PULL_MESSAGES if wire is Wire.GRPC else grpc_adapter.PATH
+                body = b"" if wire is Wire.GRPC else encode_bytes(2, b"PullMessagesRequest")
+                answer = await node.ask(path, body, [*secrets, ("flwr-timestamp", "now")])
+            assert answer.code == "OK"
+        finally:
+            await server.drain(0.0)
+            await relay.close()
+    (asked,) = superlink.asked
+    assert [pair for pair in asked.metadata if pair in secrets] == (secrets if forward else [])
+    assert ("flwr-timestamp", "now") in asked.metadata
 
 
 async def test_a_call_in_maintenance_needs_no_credential(tmp_path: Path) -> None:

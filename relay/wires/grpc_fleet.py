@@ -85,6 +85,7 @@ class GrpcFront:
         tls: bool,
         on_stray: Callable[[str], None],
         admit: Callable[[Call], Awaitable[None]] | None = None,
+        withheld: frozenset[bytes] = frozenset(),
     ) -> None:
         """Serve `handlers`.
 
@@ -97,7 +98,9 @@ class GrpcFront:
             on_stray: told about each call that is none of ours, with what it got.
             admit: finds out who calls, or raises Refusal, where that cannot wait for the chain: the adapter's
                 calls must be received before it is known which chain is theirs.
+            withheld: names in lower case of metadata that no call shall have.
         """
+        self._not_passed = _TAKEN | withheld
         self._forwarding = forwarding
         self.held = held
         self.messages = messages
@@ -300,9 +303,10 @@ class GrpcFront:
     ) -> Call:
         taken: dict[bytes, bytes] = {}
         metadata: Metadata = []
+        not_passed = self._not_passed
         for pair in bridge.to_headers(context.invocation_metadata() or ()):
             name = pair[0]
-            if name in _TAKEN:
+            if name in not_passed:
                 taken[name] = taken[name] + b"," + pair[1] if name in taken else pair[1]
             else:
                 metadata.append(pair)
