@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     GrpcMetadata = Iterable[tuple[str, str | bytes]]
 
 CONTENT_TYPE = (b"content-type", b"application/protobuf")
+#: Most bytes of a status' text, which is metadata like any other.
+MOST_DETAILS = 1024
+#: What each pair of metadata counts beyond its bytes (RFC 7541, 4.1).
+_ENTRY = 32
 _BIN = "-bin"
 
 #: Names in HTTP of binary metadata that Flower calls otherwise in gRPC.
@@ -111,6 +115,44 @@ def to_metadata(headers: Metadata) -> list[tuple[str, str | bytes]]:
         elif value.isascii() and (text := value.decode("ascii")).isprintable():
             metadata.append((known.key, text))
     return metadata
+
+
+def bounded(metadata: list[tuple[str, str | bytes]], most: int) -> list[str]:
+    """Shorten metadata to `most` bytes, as gRPC counts them; return the keys that were taken off.
+
+    Flower's own stays before all other: a gRPC that gets more than 8 KiB of it may fail the call, whatever
+    the call has done, and beyond 16 KiB does.
+    """
+    size = sum(map(_size, metadata))
+    if size <= most:
+        return []
+    dropped, kept, left = [], set(), most
+    for own in (True, False):
+        for at, pair in enumerate(metadata):
+            if pair[0].startswith("flwr-") is own:
+                if (needed := _size(pair)) <= left:
+                    left -= needed
+                    kept.add(at)
+                else:
+                    dropped.append(pair[0])
+    metadata[:] = [pair for at, pair in enumerate(metadata) if at in kept]
+    return dropped
+
+
+def _size(pair: tuple[str, str | bytes]) -> int:
+    key, value = pair
+    return len(key) + (len(value) if isinstance(value, str) else 4 * (len(value) + 2) // 3) + _ENTRY
+
+
+def details(data: bytes) -> str:
+    """Return an error's body as the text of a gRPC status, cut to what a status carries safely."""
+    text, size = data[:MOST_DETAILS].decode("utf-8", "replace"), 0
+    for at, char in enumerate(text):
+        # What is not printable ASCII travels as %XX, byte by byte.
+        size += 1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode())
+        if size > MOST_DETAILS:
+            return text[:at]
+    return text
 
 
 # Nodes send few names, and the same ones with each call.

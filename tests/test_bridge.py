@@ -5,6 +5,7 @@ from __future__ import annotations
 from base64 import b64encode
 from http import HTTPStatus
 from importlib import import_module
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -150,3 +151,41 @@ def test_what_nodes_understand_is_the_same_there_and_back(status: int, code: str
 def test_come_back_is_unavailable(status: int) -> None:
     assert bridge.code_of(status) == "UNAVAILABLE"
     assert bridge.STATUS["UNAVAILABLE"] == 503
+
+
+def test_metadata_within_the_bound_stay_as_they_are() -> None:
+    metadata: list[tuple[str, str | bytes]] = [("x-a", "a" * 65), ("x-b-bin", b"a" * 61)]
+    before = list(metadata)
+    assert bridge.bounded(metadata, (3 + 65 + 32) + (7 + 84 + 32)) == []
+    assert metadata == before
+    assert bridge.bounded(metadata, (3 + 65 + 32) + (7 + 84 + 32) - 1) == ["x-b-bin"]
+
+
+def test_what_is_flowers_own_stays_before_all_other() -> None:
+    metadata: list[tuple[str, str | bytes]] = [
+        ("x-long", "a" * 3000),
+        ("x-short", "a"),
+        *PROOF,
+        ("x-end", ""),
+    ]
+    assert bridge.bounded(metadata, 2000) == ["x-long"]
+    assert metadata == [("x-a", "a"), *PROOF, ("x-end", "")]
+
+
+@given(st.binary(max_size=3 * bridge.MOST_DETAILS))
+def test_the_text_of_a_status_is_short_as_it_travels(data: bytes) -> None:
+    text = bridge.details(data)
+    assert len(quote(text, safe="".join(map(chr, range(32, 127))).replace("%", ""))) <= bridge.MOST_DETAILS
+    assert data.decode("utf-8", "replace").startswith(text[:-1])
+
+
+@pytest.mark.parametrize("text", ['{"code":2004}', "", "a" * bridge.MOST_DETAILS, "Ü % \n" * 50])
+def test_a_text_that_is_not_long_is_whole(text: str) -> None:
+    assert bridge.details(text.encode()) == text
+
+
+@pytest.mark.parametrize("char", ["a", "%", "Ü", "\n", "\udcff"])
+def test_a_long_text_is_cut(char: str) -> None:
+    data = char.encode("utf-8", "surrogateescape")
+    text = bridge.details(data * 4096)
+    assert 0 < len(text) <= bridge.MOST_DETAILS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import structlog
 from grpc import aio
 
 from relay import bridge
@@ -37,6 +38,10 @@ _TOO_LARGE = "message larger than max"
 #: Statuses whose details say what happened on the way; those of others are the SuperLink's, not for a log.
 _OF_THE_WAY = frozenset({"UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"})
 _SHOWN = 300
+#: Most bytes of headers that go to the SuperLink; gRPC adds some of its own, and takes 8 KiB.
+_MOST_METADATA = 6144
+
+log = structlog.get_logger("relay.upstreams.grpc")
 
 
 class GrpcUpstream:
@@ -83,7 +88,12 @@ class GrpcUpstream:
         if timeout <= 0:
             raise Refusal(Reason.UPSTREAM_TIMEOUT, "no time is left to ask", by=self.pool.name, sent=False)
         channel, stub = self.pool.lend(call.method)
-        asked = stub(data, metadata=bridge.to_metadata(call.metadata), timeout=timeout)
+        metadata = bridge.to_metadata(call.metadata)
+        if dropped := bridge.bounded(metadata, _MOST_METADATA):
+            log.warning(
+                "headers of a call are too long for gRPC", dropped=dropped, request_id=call.request_id
+            )
+        asked = stub(data, metadata=metadata, timeout=timeout)
         try:
             answer = await asked
         except aio.AioRpcError as error:
@@ -98,12 +108,12 @@ class GrpcUpstream:
                 status=200,
             )
         # Flower says nothing in the initial metadata, and each look costs as much as all policies together.
-        metadata = _headers(await asked.trailing_metadata())
-        metadata.append(bridge.CONTENT_TYPE)
+        headers = _headers(await asked.trailing_metadata())
+        headers.append(bridge.CONTENT_TYPE)
         # A gRPC node takes it as it is, an HTTP node in pieces.
         long = call.method is Method.PULL_OBJECT and len(answer) > WHOLE and not call.wire.grpc
         payload = Payload(body=_Pieces(answer), size=len(answer)) if long else Payload(answer)
-        return Reply(payload, Source.UPSTREAM, metadata=metadata)
+        return Reply(payload, Source.UPSTREAM, metadata=headers)
 
     def _timeout(self, call: Call, *, streamed: bool) -> float:
         if call.method.kind is Kind.HEARTBEAT:

@@ -47,8 +47,8 @@ _HEARTBEAT_SECONDS = 5.0
 _OBJECT_SECONDS = 180.0
 #: We give up a little before the node does, so that it gets our answer and not its own timeout.
 _SHARE = 0.95
-#: Longest text of a status that is passed on: it travels in a header.
-_MOST_DETAILS = 4096
+#: Most bytes of an answer's headers that are passed on: with the status they come to less than 8 KiB.
+_MOST_TRAILING = 4096
 
 _OBJECTS = frozenset({Method.PULL_OBJECT, Method.PUSH_OBJECT})
 #: Methods whose call takes a share of the quota before its message is received.
@@ -198,6 +198,10 @@ class GrpcFront:
             return b""  # gRPC knows that nobody waits for it
         rpc.sent = len(data)
         trailing = bridge.to_metadata(reply.metadata)
+        if dropped := bridge.bounded(trailing, _MOST_TRAILING):
+            log.info(
+                "headers of an answer are too long for gRPC", dropped=dropped, request_id=call.request_id
+            )
         if reply.status != 200:
             rpc.outcome = f"upstream_{reply.status}"
             trailing.append(("x-request-id", call.request_id))
@@ -363,7 +367,7 @@ def _status(status: int, data: bytes) -> tuple[Any, str]:
     code = grpc.StatusCode[bridge.code_of(status)]
     if code is grpc.StatusCode.UNAVAILABLE:
         return code, f"upstream {status}"  # see `_render`
-    return code, data[:_MOST_DETAILS].decode("utf-8", "replace")
+    return code, bridge.details(data)
 
 
 @lru_cache(maxsize=4096)

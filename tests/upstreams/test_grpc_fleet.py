@@ -141,6 +141,17 @@ async def test_metadata_are_the_headers_in_grpcs_words(
     }
 
 
+async def test_more_headers_than_grpc_takes_do_not_keep_a_call_from_the_superlink(
+    upstream: GrpcUpstream, superlink: GrpcSuperLink, make_call: MakeCall
+) -> None:
+    metadata = [(b"x-big-%d" % number, b"a" * 5000) for number in range(5)]
+    metadata.append((b"flwr-timestamp", b"now"))
+    assert (await upstream(make_call(Method.PULL_MESSAGES, b"x", metadata=metadata))).status == 200
+    came = dict(superlink.asked[0].metadata)
+    assert came["flwr-timestamp"] == "now"
+    assert came.keys() & {"x-big-0", "x-big-1"} == {"x-big-0"}
+
+
 async def test_metadata_of_the_answer_are_headers_but_for_its_request_id(
     upstream: GrpcUpstream, superlink: GrpcSuperLink, make_call: MakeCall
 ) -> None:

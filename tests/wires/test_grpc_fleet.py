@@ -162,6 +162,24 @@ async def test_metadata_of_the_answer_reaches_the_node_but_not_what_is_of_http(
     assert answered.trailing == {"flwr-version-incompatibility-message": "update"}
 
 
+@pytest.mark.parametrize("status", [200, 403])
+async def test_a_long_head_of_an_answer_ends_no_node(
+    serve: Callable[..., Awaitable[Served]], status: int
+) -> None:
+    """gRPC fails a call with RESOURCE_EXHAUSTED for it, by chance beyond 8 KiB and always beyond 16 KiB."""
+
+    async def answer(call: Call) -> Reply:
+        metadata = [(b"x-big-%d" % number, b"a" * 3000) for number in range(8)]
+        metadata.append((b"flwr-version-incompatibility-message", b"update"))
+        return Reply(Payload(b"\xff" * 4096), Source.UPSTREAM, status=status, metadata=metadata)
+
+    served = await serve(answer)
+    answered = await served.node.ask(Method.PUSH_OBJECT, REQUEST)
+    assert answered.code == ("OK" if status == 200 else "PERMISSION_DENIED")
+    assert answered.trailing["flwr-version-incompatibility-message"] == "update"
+    assert len(answered.details) <= 1024
+
+
 @pytest.mark.parametrize(
     ("status", "code"),
     [(401, "UNAUTHENTICATED"), (403, "PERMISSION_DENIED"), (412, "FAILED_PRECONDITION"), (500, "INTERNAL")],
