@@ -45,7 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         "--edge", action="append", choices=[edge.value for edge in Edge], help="only this one"
     )
     parser.add_argument("--keys", action="store_true", help="the relay lets nobody in without an API key")
-    parser.add_argument("--quick", action="store_true", help="a few drills on both wires, plain and direct")
+    parser.add_argument(
+        "--grpc-superlink", action="store_true", help="gRPC nodes before a SuperLink that speaks gRPC, too"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few drills on all wires, plain and direct")
     parser.add_argument(
         "--jobs", type=int, default=_SIDE_BY_SIDE, metavar="N", help="federations side by side"
     )
@@ -74,7 +77,7 @@ def chosen_configurations(arguments: argparse.Namespace) -> list[Configuration]:
     plain, direct = [False], [Edge.DIRECT]
     tls = {"on": [True], "off": plain, None: plain if arguments.quick else [False, True]}[arguments.tls]
     edges = [Edge(name) for name in arguments.edge or ()] or (direct if arguments.quick else list(Edge))
-    return configurations(wires, tls, edges, keys=arguments.keys)
+    return configurations(wires, tls, edges, keys=arguments.keys, grpc_superlink=arguments.grpc_superlink)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

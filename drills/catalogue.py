@@ -10,7 +10,7 @@ from typing import Final
 from drills.faults import Fault
 from drills.field import Field
 from drills.matrix import Edge, Needs, Setup
-from drills.strain import SlowReader, count_answered, half_handshakes, half_requests
+from drills.strain import SlowReader, count_answered, count_closed, half_handshakes, half_requests
 from relay.call import Wire
 from relay.demo.processes import wait_ready
 from relay.fleet import Method
@@ -38,6 +38,7 @@ BIG: Final = 4_000_000  # bytes of an object that no buffer on its way holds who
 
 
 EVERYWHERE: Final = Needs()
+CALLS: Final = Needs(calls=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def _open_breaker(field: Field) -> str:
 def _read_slowly(field: Field) -> str:
     # The proof that comes with a call is good for 300 s, so a copy of a node's call is a call, too.
     request = field.proxy.capture(Method.PULL_OBJECT.path.encode(), BIG, CAPTURE_SECONDS)
-    reader = SlowReader(field.entry, field.as_node(request))
+    reader = SlowReader(field.entry, field.as_node(request), grpc=field.configuration.wire.grpc)
     field.not_nodes.add(reader.request_id)
     time.sleep(SLOW_SECONDS)
     ended = field.find(
@@ -207,6 +208,8 @@ def _cut_nodes(field: Field) -> str:
 def _half_requests(field: Field) -> str:
     with half_requests(field.entry, field.configuration.wire, CLIENTS) as clients:
         time.sleep(STRAIN_SECONDS)
+        if field.configuration.wire.grpc:  # its server speaks first
+            return f"{len(clients)} clients, of which {count_closed(clients)} were closed in {STRAIN_SECONDS:.0f} s"
         return _strained(clients)
 
 
@@ -267,6 +270,7 @@ _ALL: Final = (
         "breaker-opens",
         f"for {BREAKER_SECONDS:.0f} s all calls are answered with 503: one at a time asks, the others wait",
         _open_breaker,
+        CALLS,
     ),
     Drill(
         "pool-address-dies",
@@ -274,12 +278,12 @@ _ALL: Final = (
         _kill_addresses,
         Needs(setup=Setup.TWO_WAYS),
     ),
-    Drill("upstream-500", _about(Fault.STATUS_500), _disturb(Fault.STATUS_500), may_fail=_OBJECT_LOST),
-    Drill("upstream-429", _about(Fault.STATUS_429), _disturb(Fault.STATUS_429)),
-    Drill("upstream-garbage", _about(Fault.GARBAGE), _disturb(Fault.GARBAGE)),
-    Drill("upstream-hangs", _about(Fault.HANG), _disturb(Fault.HANG), patience=90.0),
-    Drill("upstream-cuts", _about(Fault.CUT), _disturb(Fault.CUT), may_fail=_ANSWER_LOST),
-    Drill("object-cut", _about(Fault.CUT_LONG), _disturb(Fault.CUT_LONG)),
+    Drill("upstream-500", _about(Fault.STATUS_500), _disturb(Fault.STATUS_500), CALLS, may_fail=_OBJECT_LOST),
+    Drill("upstream-429", _about(Fault.STATUS_429), _disturb(Fault.STATUS_429), CALLS),
+    Drill("upstream-garbage", _about(Fault.GARBAGE), _disturb(Fault.GARBAGE), CALLS),
+    Drill("upstream-hangs", _about(Fault.HANG), _disturb(Fault.HANG), CALLS, patience=90.0),
+    Drill("upstream-cuts", _about(Fault.CUT), _disturb(Fault.CUT), CALLS, may_fail=_ANSWER_LOST),
+    Drill("object-cut", _about(Fault.CUT_LONG), _disturb(Fault.CUT_LONG), CALLS),
     Drill(
         "worker-killed",
         f"twice, {APART_SECONDS:.0f} s apart: SIGKILL to the relay's worker with the most connections",
@@ -295,12 +299,12 @@ _ALL: Final = (
         Needs(not_direct=((Wire.REST_V0, _HEARTBEAT_LOST),)),
     ),
     Drill("nginx-reloaded", "nginx reloads three times", _reload_nginx, Needs(edge=Edge.NGINX)),
-    Drill("slow-reader", "a client takes a byte a second of an object", _read_slowly),
+    Drill("slow-reader", "a client takes a byte a second of an object", _read_slowly, CALLS),
     Drill(
         "node-cut",
         "the connection of a node is reset when the relay has just answered its pull with a message",
         _cut_nodes,
-        Needs(plain=True, setup=Setup.CUTTABLE),
+        Needs(readable=True, setup=Setup.CUTTABLE),
     ),
     Drill("half-requests", f"{CLIENTS} clients send half of a call and wait", _half_requests),
     Drill(

@@ -42,7 +42,7 @@ def carry_out(
 
 
 def _one(configuration: Configuration, names: Sequence[str], keep: bool) -> tuple[list[Result], str]:
-    runner = Runner(lambda chosen: releases.commands(releases.RELEASES[chosen.wire]), _say, keep=keep)
+    runner = Runner(lambda wire: releases.commands(releases.RELEASES[wire]), _say, keep=keep)
     try:
         runner.run(configuration, [DRILLS[name] for name in names])
     except (FederationError, ReleaseError) as error:

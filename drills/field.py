@@ -23,7 +23,7 @@ from drills.strain import Entry
 from relay.credentials.keys.file import FileKeys
 from relay.credentials.keys.key import generate
 from relay.credentials.keys.record import KeyRecord, hashed
-from relay.demo.federation import Federation
+from relay.demo.federation import Federation, Generation
 from relay.demo.processes import LOOPBACK, POLL, Process, reserve_port, wait_ready
 from relay.fleet import Method
 
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from drills.certificates import Certificates
+    from relay.call import Wire
 
 
 NODES: Final = 2
 WORKERS: Final = 2
-RESTART_SECONDS: Final = 40.0  # for a relay's drain, which a SIGKILL must not end
+RESTART_SECONDS: Final = 60.0  # for a relay's drain, which a SIGKILL must not end
 _NODE_ID: Final = re.compile(r"SuperNode ID: (\d+)")
 
 
@@ -58,12 +59,17 @@ class Field:
     """
 
     def __init__(
-        self, configuration: Configuration, setup: Setup, flwr_bin: Path, *, keep: bool = False
+        self,
+        configuration: Configuration,
+        setup: Setup,
+        commands: Callable[[Wire], Path],
+        *,
+        keep: bool = False,
     ) -> None:
-        """Prepare it; entering the `with` block starts it."""
+        """Prepare it; entering the `with` block starts it. `commands` gives a release of Flower for a wire."""
         self.configuration, self.setup = configuration, setup
         self.not_nodes: set[str] = set()
-        self._flwr_bin = flwr_bin
+        self._commands = commands
         self._keep = keep
         self._resources = ExitStack()
 
@@ -83,11 +89,12 @@ class Field:
         behind_nginx = self.configuration.edge is Edge.NGINX
         directory = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="flwr-drill-")))
         made = certificates.make(directory) if self.configuration.tls else None
-        self.proxy = resources.enter_context(FaultProxy())
+        wire, spoken = self.configuration.wire, self.configuration.upstream
+        self.proxy = resources.enter_context(FaultProxy(opaque=spoken.grpc))
         store = directory / "keys.jsonl"
         self.keys = _hand_out(store) if self.configuration.keys else []
         two_ways = self.setup is Setup.TWO_WAYS
-        self.second_proxy = resources.enter_context(FaultProxy()) if two_ways else None
+        self.second_proxy = resources.enter_context(FaultProxy(opaque=spoken.grpc)) if two_ways else None
         upstream: dict[str, Any] = {"url": f"http://{LOOPBACK}:{self.proxy.port}"}
         if self.second_proxy:
             upstream["addresses"] = [f"http://{LOOPBACK}:{self.second_proxy.port}"]
@@ -98,9 +105,9 @@ class Field:
         entry_port = ports[0] if behind_nginx else None
         self.federation = resources.enter_context(
             Federation(
-                self._flwr_bin,
-                wire=self.configuration.wire,
-                nodes=NODES,
+                self._commands(spoken),
+                wire=spoken,
+                nodes=[Generation(self._commands(wire), wire)] * NODES,
                 workers=WORKERS,
                 relay_config={
                     "upstream": upstream,
@@ -124,7 +131,9 @@ class Field:
         if self.second_proxy:
             self.second_proxy.target = federation.ports.fleet
         self.entry = Entry(
-            ports[0] if behind_nginx else federation.relay_port, made.authority if made else None
+            ports[0] if behind_nginx else federation.relay_port,
+            made.authority if made else None,
+            ("h2",) if wire.grpc else (),
         )
         if self.node_proxy:
             self.node_proxy.target = self.entry.port
@@ -132,7 +141,12 @@ class Field:
         if behind_nginx:
             (folder := directory / "edge").mkdir()
             edge = Nginx(
-                folder, port=ports[0], status_port=ports[1], relay_port=federation.relay_port, tls=made
+                folder,
+                port=ports[0],
+                status_port=ports[1],
+                relay_port=federation.relay_port,
+                tls=made,
+                grpc=wire.grpc,
             )
             self.edge = resources.enter_context(edge)
         self.relay_log = RelayLog(self.relay.log)

@@ -8,7 +8,7 @@ from itertools import product
 from relay.call import Wire
 
 #: Wires that the drills know how to break.
-WIRES = (Wire.HTTP_V1, Wire.REST_V0)
+WIRES = (Wire.HTTP_V1, Wire.REST_V0, Wire.GRPC)
 
 
 class Edge(enum.Enum):
@@ -32,20 +32,30 @@ class Configuration:
     """One column of the matrix.
 
     Attributes:
-        wire: what SuperNodes and SuperLink speak.
+        wire: what SuperNodes speak.
         tls: whether SuperNodes use TLS. The SuperLink does not; nginx ends it where there is one.
         edge: what the SuperNodes connect to.
         keys: whether the relay lets nobody in without an API key.
+        grpc_superlink: whether the SuperLink speaks gRPC; for nodes that do.
     """
 
     wire: Wire
     tls: bool
     edge: Edge
     keys: bool = False
+    grpc_superlink: bool = False
 
     def __str__(self) -> str:
         keys = ", keys" if self.keys else ""
-        return f"{self.wire.value}, {'TLS' if self.tls else 'plain'}, {self.edge.value}{keys}"
+        wire = f"{self.wire.value} to {self.upstream.value}" if self.grpc_superlink else self.wire.value
+        return f"{wire}, {'TLS' if self.tls else 'plain'}, {self.edge.value}{keys}"
+
+    @property
+    def upstream(self) -> Wire:
+        """What the SuperLink speaks: HTTP v1 to gRPC nodes, too, because a fault proxy cannot read gRPC."""
+        if self.grpc_superlink:
+            return Wire.GRPC
+        return Wire.HTTP_V1 if self.wire.grpc else self.wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +64,16 @@ class Needs:
 
     Attributes:
         tls: that nodes use it.
-        plain: that they do not.
+        readable: that a proxy before the relay can read what they are told: HTTP/1.1 without TLS.
+        calls: that the proxy before the SuperLink can tell one call from another.
         edge: what they connect to; None for either.
         setup: of the SuperLink.
         not_direct: why a wire cannot live through it without something before the relay.
     """
 
     tls: bool = False
-    plain: bool = False
+    readable: bool = False
+    calls: bool = False
     edge: Edge | None = None
     setup: Setup = Setup.OUTSIDE
     not_direct: tuple[tuple[Wire, str], ...] = ()
@@ -70,8 +82,10 @@ class Needs:
         """Return why a drill with these needs is left out of a configuration; None when it is not."""
         if self.tls and not configuration.tls:
             return "it is about TLS handshakes"
-        if self.plain and configuration.tls:
+        if self.readable and (configuration.tls or configuration.wire.grpc):
             return "the proxy before the relay has to read what nodes are told"
+        if self.calls and configuration.upstream.grpc:
+            return "the proxy before the SuperLink has to read its calls"
         if self.edge is not None and self.edge is not configuration.edge:
             return f"it is about {self.edge.value}"
         if configuration.edge is Edge.DIRECT:
@@ -85,9 +99,14 @@ def configurations(
     edges: Sequence[Edge] = tuple(Edge),
     *,
     keys: bool = False,
+    grpc_superlink: bool = False,
 ) -> list[Configuration]:
-    """Return every combination."""
-    return [Configuration(*chosen, keys=keys) for chosen in product(wires, tls, edges)]
+    """Return every combination. No node can present an API key over gRPC, and only gRPC nodes meet gRPC."""
+    return [
+        Configuration(*chosen, keys=keys, grpc_superlink=grpc_superlink)
+        for chosen in product(wires, tls, edges)
+        if not (keys if chosen[0].grpc else grpc_superlink)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

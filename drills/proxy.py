@@ -1,7 +1,7 @@
 """A proxy before the SuperLink or before the relay that does harm on request, in a thread of its own.
 
 It knows as much of HTTP/1.1 as nodes, relay and SuperLink use between each other: requests and responses with
-a Content-Length, one after the other.
+a Content-Length, one after the other. An opaque one knows nothing, and does what needs no knowledge: it refuses.
 """
 
 import asyncio
@@ -44,9 +44,10 @@ class FaultProxy:
         broken: what went wrong in the proxy itself, which no drill wants.
     """
 
-    def __init__(self) -> None:
-        """Reserve the port; entering the `with` block starts to listen."""
+    def __init__(self, *, opaque: bool = False) -> None:
+        """Reserve the port; entering the `with` block starts to listen. `opaque`: it passes on any bytes."""
         self.target = 0
+        self._opaque = opaque
         self.hits: Counter[Fault] = Counter()
         self.abandoned: Counter[str] = Counter()
         self.broken: list[BaseException] = []
@@ -128,7 +129,7 @@ class FaultProxy:
         carrier = _Carrier(self, reader, writer)
         self._carriers.add(carrier)
         try:
-            while await carrier.one():
+            while await (carrier.any() if self._opaque else carrier.one()):
                 pass
             await carrier.finish()
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -203,6 +204,21 @@ class _Carrier:
         """Close the relay's connection in good order."""
         self._writer.close()
         await self._writer.wait_closed()
+
+    async def any(self) -> bool:
+        """Pass on all bytes, both ways, until one side ends; return False, for the connection is over."""
+        reader, writer = self._upstream = await asyncio.open_connection(LOOPBACK, self._proxy.target)
+        ways = [
+            asyncio.create_task(_pour(self._reader, writer)),
+            asyncio.create_task(_pour(reader, self._writer)),
+        ]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+        return False
 
     async def one(self) -> bool:
         """Let the next call meet what it meets; return whether the connection goes on."""
@@ -280,6 +296,12 @@ class _Carrier:
         await _pump(reader, self._writer, max(0, end - len(head)))
         if self._proxy.resets():
             raise ConnectionResetError
+
+
+async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while piece := await reader.read(_PIECE):
+        writer.write(piece)
+        await writer.drain()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int) -> None:

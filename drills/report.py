@@ -130,6 +130,7 @@ def _columns(cell: Result | Left) -> dict[str, Any]:
         "tls": configuration.tls,
         "edge": configuration.edge.value,
         "keys": configuration.keys,
+        "superlink": configuration.upstream.value,
     }
 
 

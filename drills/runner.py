@@ -91,12 +91,12 @@ class Runner:
     """
 
     def __init__(
-        self, commands: Callable[[Configuration], Path], say: Callable[[str], None], *, keep: bool = False
+        self, commands: Callable[[Wire], Path], say: Callable[[str], None], *, keep: bool = False
     ) -> None:
         """Prepare for any configuration.
 
         Args:
-            commands: where Flower's commands for a configuration are.
+            commands: where the commands are of the release of Flower for a wire.
             say: tells people what goes on.
             keep: leave the directories of the federations, which hold the logs of all processes.
         """
@@ -118,7 +118,7 @@ class Runner:
         self, configuration: Configuration, setup: Setup, drills: list[Drill]
     ) -> list[Drill]:
         """Carry out drills until one breaks the federation; return those that are left."""
-        with Field(configuration, setup, self._commands(configuration), keep=self._keep) as ground:
+        with Field(configuration, setup, self._commands, keep=self._keep) as ground:
             self._say(f"{configuration}: a federation in {ground.federation.directory}")
             normal = self._undisturbed(ground)
             for number, drill in enumerate(drills, start=1):
@@ -268,6 +268,8 @@ def _came(ground: Field, method: Method, node_id: int, since: float, seconds: fl
 
 def _unclaimed(ground: Field) -> Counter[str]:
     """Count the answers of the SuperLink that no node got, since the federation started."""
+    if ground.configuration.upstream.grpc:
+        return Counter()  # it writes no access log
     least: Counter[str] | None = None
     end = time.monotonic() + SETTLE_SECONDS
     while least is None or time.monotonic() < end:

@@ -1,5 +1,6 @@
 """Clients with bad manners, beside the nodes: they send half of what they should, or hardly read."""
 
+import secrets
 import select
 import socket
 import ssl
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from drills import http2
 from relay.call import Wire
 from relay.demo.processes import LOOPBACK
+from relay.fleet import Method
 
 _SECONDS: Final = 10.0
 _SMALL_BUFFER: Final = 4096
@@ -25,10 +28,12 @@ class Entry:
     Attributes:
         port: of the loopback address.
         authority: PEM file to check its certificate against; None where TLS is not used.
+        protocols: what nodes offer in a TLS handshake (ALPN).
     """
 
     port: int
     authority: Path | None
+    protocols: tuple[str, ...] = ()
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
         """Open a connection, TLS included; `receive_buffer` limits what the kernel holds of an answer."""
@@ -57,21 +62,36 @@ class Entry:
         raise AssertionError("a handshake cannot be over before its answer")
 
     def _context(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.authority)
+        context = ssl.create_default_context(cafile=self.authority)
+        if self.protocols:
+            context.set_alpn_protocols(self.protocols)
+        return context
 
 
 @contextmanager
 def half_requests(entry: Entry, wire: Wire, count: int) -> Iterator[list[socket.socket]]:
     """Hold `count` connections open: half of them end in the head of a call, the others in its body."""
-    head = (
-        f"POST {_PREFIX[wire]}pull-messages HTTP/1.1\r\nhost: {LOOPBACK}\r\n"
-        "content-type: application/protobuf\r\ncontent-length: 1000\r\n\r\n"
-    ).encode("ascii")
+    head, body = _grpc_call() if wire.grpc else _http_call(wire)
     with ExitStack() as stack:
         clients = [stack.enter_context(entry.connect()) for _ in range(count)]
         for number, client in enumerate(clients):
-            client.sendall(head[: len(head) // 2] if number % 2 else head + bytes(500))
+            client.sendall(head[: len(head) // 2] if number % 2 else head + body[: len(body) // 2])
         yield clients
+
+
+def _http_call(wire: Wire) -> tuple[bytes, bytes]:
+    head = (
+        f"POST {_PREFIX[wire]}pull-messages HTTP/1.1\r\nhost: {LOOPBACK}\r\n"
+        "content-type: application/protobuf\r\ncontent-length: 1000\r\n\r\n"
+    )
+    return head.encode("ascii"), bytes(1000)
+
+
+def _grpc_call() -> tuple[bytes, bytes]:
+    """Return the two halves. The first begins with what the other side waits for with each connection."""
+    whole = http2.call(Method.PULL_MESSAGES, bytes(1000))
+    data = len(http2.frame(http2.DATA, 0, 1)) + 5 + 1000
+    return http2.PREFACE + whole[:-data], whole[-data:]
 
 
 @contextmanager
@@ -93,6 +113,23 @@ def count_answered(clients: Iterable[socket.socket]) -> int:
     return len(poll.poll(0))
 
 
+def count_closed(clients: Iterable[socket.socket]) -> int:
+    """Count the connections that the other side has closed; what it said before does not matter."""
+    return sum(map(_is_closed, clients))
+
+
+def _is_closed(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        while client.recv(_SMALL_BUFFER):
+            pass
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return False
+    except OSError:
+        return True  # reset
+    return True
+
+
 class SlowReader:
     """Makes a call and reads a byte of its answer a second, in a thread.
 
@@ -103,14 +140,24 @@ class SlowReader:
         read: bytes of the body that were read. What else has come lies in the kernel, also after a close.
     """
 
-    def __init__(self, entry: Entry, request: bytes) -> None:
-        """Send the request and read the head of the answer. Raises OSError when that fails."""
-        self.request_id = ""
+    def __init__(self, entry: Entry, request: bytes, *, grpc: bool = False) -> None:
+        """Send the request and read the head of the answer. Raises OSError when that fails.
+
+        Args:
+            entry: where to connect.
+            request: of HTTP/1.1.
+            grpc: make a gRPC call of it.
+        """
+        self.request_id = secrets.token_hex(8) if grpc else ""
         self.status = self.size = self.read = 0
         self._client = entry.connect(_SMALL_BUFFER)
         try:
-            self._client.sendall(request)
-            self._head()
+            if grpc:
+                self._client.sendall(http2.PREFACE + http2.call_again(request, self.request_id))
+                self._grpc_head()
+            else:
+                self._client.sendall(request)
+                self._head()
         except OSError:
             self._client.close()
             raise
@@ -136,6 +183,26 @@ class SlowReader:
         headers = dict(line.lower().split(": ", 1) for line in lines)
         self.request_id = headers.get("x-request-id", "")
         self.size = int(headers.get("content-length", 0))
+
+    def _grpc_head(self) -> None:
+        while True:
+            head = http2.read_head(self._exactly(http2.HEAD_SIZE))
+            if head.kind == http2.DATA:
+                self.status, self.size = 200, int.from_bytes(self._exactly(5)[1:], "big")
+                return
+            payload = self._exactly(head.size)
+            if head.ends or head.kind == http2.GOAWAY:
+                raise ConnectionError(f"no answer, but {payload!r}")
+            self._client.sendall(http2.answer_to(head, payload))
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = self._client.recv(size - len(data))
+            if not piece:
+                raise ConnectionError(f"no answer, but {data!r}")
+            data += piece
+        return data
 
     def _run(self) -> None:
         while not self._stop.wait(1.0) and self.read < self.size:
