@@ -13,22 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from drills import nginx
+from drills import handshakes, nginx
 from drills.catalogue import DRILLS, QUICK, Drill
-from drills.columns import carry_out
+from drills.columns import carry_out, say
 from drills.matrix import WIRES, Configuration, Edge, Left, configurations, left_out
+from drills.releases import ReleaseError
 from drills.report import show, write_json
 from relay.call import Wire
+from relay.demo.processes import FederationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from drills.handshakes import Finding
     from drills.runner import Result
 
-_WIDE = 200  # columns that the table takes
+_WIDE, _VERY_WIDE = 200, 320  # columns that the tables take
 _SIDE_BY_SIDE = 2
+#: No drill of the matrix: it asks what nodes live through, and not whether the relay lets them.
+HANDSHAKES = "handshake-faults"
 _START = time.monotonic()
 
 
@@ -36,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/drills", description="Disturb real federations in mid-run."
     )
-    parser.add_argument("drills", nargs="*", metavar="NAME", help="see --list (default: all)")
+    parser.add_argument(
+        "drills", nargs="*", metavar="NAME", help=f"see --list (default: all); or {HANDSHAKES} alone"
+    )
     parser.add_argument(
         "--wire", action="append", choices=[wire.value for wire in WIRES], help="only this one"
     )
@@ -83,6 +91,8 @@ def chosen_configurations(arguments: argparse.Namespace) -> list[Configuration]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
+    if options.drills == [HANDSHAKES]:
+        return _handshakes(options)
     drills, columns = chosen_drills(options.drills, quick=options.quick), chosen_configurations(options)
     left = list(left_out(((drill.name, drill.needs) for drill in drills), columns))
     if without := nginx.missing():
@@ -114,6 +124,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failures:
         return 2
     return 0 if all(result.survived for result in results) else 1
+
+
+def _handshakes(options: argparse.Namespace) -> int:
+    console = Console(width=_VERY_WIDE)
+    findings: list[Finding] = []
+    for kind in handshakes.KINDS:
+        if options.wire and kind.wire.value not in options.wire:
+            continue
+        try:
+            findings += handshakes.measure(kind, say, keep=options.keep)
+        except (FederationError, ReleaseError) as error:
+            console.print(f"[bold red]FAILED[/] {kind}: {escape(str(error))}", highlight=False)
+            return 2
+        if options.json:
+            handshakes.write_json(options.json, findings)
+    console.print(handshakes.table_of(findings))
+    return 0
 
 
 def _list(console: Console) -> None:

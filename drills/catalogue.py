@@ -209,7 +209,8 @@ def _half_requests(field: Field) -> str:
     with half_requests(field.entry, field.configuration.wire, CLIENTS) as clients:
         time.sleep(STRAIN_SECONDS)
         if field.configuration.wire.grpc:  # its server speaks first
-            return f"{len(clients)} clients, of which {count_closed(clients)} were closed in {STRAIN_SECONDS:.0f} s"
+            closed = count_closed(clients)
+            return f"{len(clients)} clients, of which {closed} were closed in {STRAIN_SECONDS:.0f} s"
         return _strained(clients)
 
 

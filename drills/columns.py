@@ -42,7 +42,7 @@ def carry_out(
 
 
 def _one(configuration: Configuration, names: Sequence[str], keep: bool) -> tuple[list[Result], str]:
-    runner = Runner(lambda wire: releases.commands(releases.RELEASES[wire]), _say, keep=keep)
+    runner = Runner(lambda wire: releases.commands(releases.RELEASES[wire]), say, keep=keep)
     try:
         runner.run(configuration, [DRILLS[name] for name in names])
     except (FederationError, ReleaseError) as error:
@@ -50,5 +50,6 @@ def _one(configuration: Configuration, names: Sequence[str], keep: bool) -> tupl
     return runner.results, ""
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell people what goes on."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from relay.demo.processes import LOOPBACK, POLL, Process, reserve_port, wait_rea
 from relay.fleet import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from drills.certificates import Certificates
@@ -66,7 +66,7 @@ class Field:
         *,
         keep: bool = False,
     ) -> None:
-        """Prepare it; entering the `with` block starts it. `commands` gives a release of Flower for a wire."""
+        """Prepare it; entering the `with` block starts it. `commands` gives Flower's for a wire."""
         self.configuration, self.setup = configuration, setup
         self.not_nodes: set[str] = set()
         self._commands = commands
@@ -197,12 +197,7 @@ class Field:
 
     def node_ids(self) -> dict[str, int]:
         """Return the id of each SuperNode by the name of its process."""
-        found = {}
-        for node in self.federation.supernodes:
-            ids = _NODE_ID.findall(node.output())
-            if ids:
-                found[node.name] = int(ids[-1])
-        return found
+        return node_ids(self.federation.supernodes)
 
     def find(self, what: Callable[[Line], bool], since: float = 0.0) -> Line | None:
         """Return the first such line of the relay's log after `since`, if there is one."""
@@ -222,6 +217,12 @@ class Field:
         busy = {Method.PULL_OBJECT.rpc, Method.PUSH_OBJECT.rpc}
         after = time.time() if since is None else since
         return self.wait_for(lambda line: line.fields.get("method") in busy, timeout, since=after)
+
+
+def node_ids(nodes: Iterable[Process]) -> dict[str, int]:
+    """Return the id of each SuperNode that was activated, by the name of its process."""
+    found = {node.name: _NODE_ID.findall(node.output()) for node in nodes}
+    return {name: int(ids[-1]) for name, ids in found.items() if ids}
 
 
 def _hand_out(store: Path) -> list[str]:

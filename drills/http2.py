@@ -1,4 +1,4 @@
-"""As much of HTTP/2 as a client with bad manners needs: the bytes of a gRPC call, and the frames of its answer."""
+"""As much of HTTP/2 as a client with bad manners needs: bytes of a gRPC call, and frames of its answer."""
 
 from __future__ import annotations
 

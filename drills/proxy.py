@@ -1,7 +1,7 @@
 """A proxy before the SuperLink or before the relay that does harm on request, in a thread of its own.
 
 It knows as much of HTTP/1.1 as nodes, relay and SuperLink use between each other: requests and responses with
-a Content-Length, one after the other. An opaque one knows nothing, and does what needs no knowledge: it refuses.
+a Content-Length, one after the other. An opaque one knows nothing, and can only close its port.
 """
 
 import asyncio
