@@ -1,7 +1,9 @@
 """The drills: what is done to a federation in the middle of a run."""
 
+import asyncio
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from signal import SIGCONT, SIGSTOP
@@ -9,10 +11,11 @@ from typing import Final
 
 from drills.faults import Fault
 from drills.field import Field
+from drills.flood import HEARTBEATS, Copies, flood
 from drills.matrix import Edge, Needs, Setup
 from drills.strain import SlowReader, count_answered, count_closed, half_handshakes, half_requests
 from relay.call import Wire
-from relay.demo.processes import wait_ready
+from relay.demo.processes import FederationError, wait_ready
 from relay.fleet import Method
 
 STOPPED_SECONDS: Final = 40.0
@@ -29,6 +32,8 @@ CLIENTS: Final = 200
 OBJECTS_SECONDS: Final = 20.0
 STRAIN_SECONDS: Final = 20.0
 SLOW_SECONDS: Final = 40.0
+CALLS_AT_ONCE: Final = 2000
+SLOW_LEAST_SECONDS: Final = 25.0  # a node's heartbeats are at most 22.5 s apart
 CAPTURE_SECONDS: Final = 60.0
 NODE_CUT_SECONDS: Final = 60.0
 MESSAGES_CUT: Final = 4
@@ -205,6 +210,28 @@ def _cut_nodes(field: Field) -> str:
     return f"{cut} answers with a message were lost, {again} messages handed out again"
 
 
+def _slow_superlink(field: Field) -> str:
+    request = field.proxy.capture(Method.PULL_OBJECT.path.encode(), 1, CAPTURE_SECONDS)
+    copies = Copies(request, CALLS_AT_ONCE, userinfo=field.keys[0] if field.keys else "")
+    field.not_nodes |= {call.request_id for call in copies.calls}
+    since = time.time()
+    field.proxy.set(Fault.SLOW)
+    came = asyncio.run(flood(field.entry, field.configuration.wire, copies))
+    time.sleep(max(0.0, since + SLOW_LEAST_SECONDS - time.time()))  # each node sends a heartbeat in it
+    field.proxy.set(Fault.NONE)
+    outcomes = Counter(
+        line.fields["outcome"]
+        for line in field.relay_log.read()
+        if line.at > since
+        and line.event == "call"
+        and line.fields["method"] == Method.SEND_NODE_HEARTBEAT.rpc
+        and line.fields["request_id"] not in field.not_nodes
+    )
+    if set(outcomes) != {"ok"}:
+        raise FederationError("the relay", f"answered the nodes' heartbeats with {dict(outcomes)}; {came}")
+    return f"{came}; the nodes' own heartbeats: {outcomes['ok']} ok"
+
+
 def _half_requests(field: Field) -> str:
     with half_requests(field.entry, field.configuration.wire, CLIENTS) as clients:
         time.sleep(STRAIN_SECONDS)
@@ -278,6 +305,14 @@ _ALL: Final = (
         f"each of two addresses of the SuperLink is dead for {ADDRESS_SECONDS:.0f} s, in turn",
         _kill_addresses,
         Needs(setup=Setup.TWO_WAYS),
+    ),
+    Drill(
+        "superlink-slow",
+        f"{CALLS_AT_ONCE} calls at once, of which one in {HEARTBEATS} is a heartbeat; all calls are"
+        f" {Fault.SLOW.value}",
+        _slow_superlink,
+        CALLS,
+        patience=120.0,
     ),
     Drill("upstream-500", _about(Fault.STATUS_500), _disturb(Fault.STATUS_500), CALLS, may_fail=_OBJECT_LOST),
     Drill("upstream-429", _about(Fault.STATUS_429), _disturb(Fault.STATUS_429), CALLS),

@@ -139,6 +139,7 @@ class Door:
             if self._server is not None:
                 self._server.close()
             self._server = None
+            self.met = 1  # nobody sees who is refused
         elif self._server is None:
             self._server = await asyncio.start_server(self._serve, LOOPBACK, self.port)
 
@@ -148,9 +149,8 @@ class Door:
             self._server.close()
         for writer in list(self._writers):
             _reset(writer)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_LINGER)
         self._holder.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -19,10 +19,15 @@ class Fault(enum.Enum):
     STATUS_429 = "answered with 429"
     GARBAGE = "answered with bytes that are no answer of a SuperLink"
     HANG = "never answered"
+    SLOW = "answered 100 ms later, and eight at a time"
     CUT = "carried out, and their answers cut in the middle"
     CUT_LONG = "carried out, and their answers cut in the middle if they are objects of more than 1 MB"
     CUT_MESSAGE = "carried out, and the first answer with each message lost"
 
+
+#: Seconds that a slow SuperLink takes for a call, and how many it works on at a time.
+SLOW_SECONDS: Final = 0.1
+AT_A_TIME: Final = 8
 
 #: Bytes of a body from which on an answer is long; a relay begins to pass it on before it has it whole.
 LONG: Final = 1_000_000

@@ -17,7 +17,7 @@ from relay.demo.processes import LOOPBACK, POLL, FederationError, get
 
 _SHIPPED: Final = Path(__file__).parents[1] / "nginx"
 _SECONDS: Final = 20.0
-_CONNECTIONS: Final = 1024
+_CONNECTIONS: Final = 8192
 _WORKERS: Final = 2
 # Where nginx would put bodies that it does not stream; Debian's places need not be there.
 _SPOOLS: Final = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

@@ -17,7 +17,16 @@ from itertools import cycle
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from drills.faults import ANSWERS, LONG, Fault, UnknownFramingError, body_size, cut_at
+from drills.faults import (
+    ANSWERS,
+    AT_A_TIME,
+    LONG,
+    SLOW_SECONDS,
+    Fault,
+    UnknownFramingError,
+    body_size,
+    cut_at,
+)
 from relay.demo.processes import LOOPBACK, reserve_port
 from relay.fleet import Method
 
@@ -38,6 +47,7 @@ class FaultProxy:
     Attributes:
         port: where it listens, on the loopback address.
         target: the port that it passes calls on to.
+        slots: of those that a slow SuperLink works on.
         hits: how many calls, or for REFUSED open connections, met each fault.
         abandoned: calls by path that the relay left before it had the whole answer. The SuperLink may have
             carried them out; it writes no line about an answer that nobody takes.
@@ -59,6 +69,7 @@ class FaultProxy:
         self._resets = cycle((True, False))
         self._wanted: _Wanted | None = None
         self._lost: set[bytes] = set()
+        self.slots = asyncio.Semaphore(AT_A_TIME)
         self._carriers: set[_Carrier] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -225,7 +236,11 @@ class _Carrier:
         head = await self._reader.readuntil(b"\r\n\r\n")
         size = body_size(head, request=True)
         fault = self._proxy.draw()
-        if fault in {Fault.NONE, Fault.CUT, Fault.CUT_LONG, Fault.CUT_MESSAGE}:
+        if fault is Fault.SLOW:
+            self._proxy.hits[fault] += 1
+            async with self._proxy.slots:
+                await asyncio.sleep(SLOW_SECONDS)
+        if fault in {Fault.NONE, Fault.SLOW, Fault.CUT, Fault.CUT_LONG, Fault.CUT_MESSAGE}:
             return await self._pass_on(head, size, fault)
         self._proxy.hits[fault] += 1
         await self._reader.readexactly(size)

@@ -18,7 +18,8 @@ from relay.fleet import Method
 
 _SECONDS: Final = 10.0
 _SMALL_BUFFER: Final = 4096
-_PREFIX: Final = {Wire.HTTP_V1: "/v1/fleet/", Wire.REST_V0: "/api/v0/fleet/"}
+#: What HTTP paths of the Fleet API begin with.
+PREFIX: Final = {Wire.HTTP_V1: "/v1/fleet/", Wire.REST_V0: "/api/v0/fleet/"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Entry:
         """Open a connection, TLS included; `receive_buffer` limits what the kernel holds of an answer."""
         plain = self.connect_plain(receive_buffer)
         return (
-            plain if self.authority is None else self._context().wrap_socket(plain, server_hostname=LOOPBACK)
+            plain if self.authority is None else self.context().wrap_socket(plain, server_hostname=LOOPBACK)
         )
 
     def connect_plain(self, receive_buffer: int | None = None) -> socket.socket:
@@ -54,14 +55,15 @@ class Entry:
     def hello(self) -> bytes:
         """Return the first bytes of a TLS handshake."""
         outgoing = ssl.MemoryBIO()
-        session = self._context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=LOOPBACK)
+        session = self.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=LOOPBACK)
         try:
             session.do_handshake()
         except ssl.SSLWantReadError:
             return outgoing.read()
         raise AssertionError("a handshake cannot be over before its answer")
 
-    def _context(self) -> ssl.SSLContext:
+    def context(self) -> ssl.SSLContext:
+        """Return what a node checks the certificate with."""
         context = ssl.create_default_context(cafile=self.authority)
         if self.protocols:
             context.set_alpn_protocols(self.protocols)
@@ -81,7 +83,7 @@ def half_requests(entry: Entry, wire: Wire, count: int) -> Iterator[list[socket.
 
 def _http_call(wire: Wire) -> tuple[bytes, bytes]:
     head = (
-        f"POST {_PREFIX[wire]}pull-messages HTTP/1.1\r\nhost: {LOOPBACK}\r\n"
+        f"POST {PREFIX[wire]}pull-messages HTTP/1.1\r\nhost: {LOOPBACK}\r\n"
         "content-type: application/protobuf\r\ncontent-length: 1000\r\n\r\n"
     )
     return head.encode("ascii"), bytes(1000)
@@ -89,7 +91,8 @@ def _http_call(wire: Wire) -> tuple[bytes, bytes]:
 
 def _grpc_call() -> tuple[bytes, bytes]:
     """Return the two halves. The first begins with what the other side waits for with each connection."""
-    whole = http2.call(Method.PULL_MESSAGES, bytes(1000))
+    # Of all calls this one has the most to hold before it is whole.
+    whole = http2.call(Method.PUSH_OBJECT, bytes(1000))
     data = len(http2.frame(http2.DATA, 0, 1)) + 5 + 1000
     return http2.PREFACE + whole[:-data], whole[-data:]
 
