@@ -196,9 +196,13 @@ def _cut_nodes(field: Field) -> str:
     proxy = field.node_proxy
     assert proxy is not None
     since, end = time.time(), time.monotonic() + NODE_CUT_SECONDS
-    proxy.set(Fault.CUT_MESSAGE)
+    if field.configuration.wire.grpc:  # what nodes are told cannot be read, but what the relay is told can
+        field.proxy.on_message = proxy.cut_next
+    else:
+        proxy.set(Fault.CUT_MESSAGE)
     while proxy.hits[Fault.CUT_MESSAGE] < MESSAGES_CUT and time.monotonic() < end:
         time.sleep(0.1)
+    field.proxy.on_message = None
     proxy.set(Fault.NONE)
     cut = proxy.hits[Fault.CUT_MESSAGE]
     if not cut:
@@ -340,7 +344,7 @@ _ALL: Final = (
         "node-cut",
         "the connection of a node is reset when the relay has just answered its pull with a message",
         _cut_nodes,
-        Needs(readable=True, setup=Setup.CUTTABLE),
+        Needs(readable=True, calls=True, setup=Setup.CUTTABLE),
     ),
     Drill("half-requests", f"{CLIENTS} clients send half of a call and wait", _half_requests),
     Drill(

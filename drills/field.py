@@ -100,7 +100,7 @@ class Field:
             upstream["addresses"] = [f"http://{LOOPBACK}:{self.second_proxy.port}"]
             upstream["shared_state"] = True
         cuttable = self.setup is Setup.CUTTABLE
-        self.node_proxy = resources.enter_context(FaultProxy()) if cuttable else None
+        self.node_proxy = resources.enter_context(FaultProxy(opaque=wire.grpc)) if cuttable else None
         ports = [resources.enter_context(reserve_port()).getsockname()[1] for _ in range(2)]
         entry_port = ports[0] if behind_nginx else None
         self.federation = resources.enter_context(

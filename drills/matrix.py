@@ -64,7 +64,7 @@ class Needs:
 
     Attributes:
         tls: that nodes use it.
-        readable: that a proxy before the relay can read what they are told: HTTP/1.1 without TLS.
+        readable: that a proxy before the relay can read what nodes are told, or guess it (gRPC).
         calls: that the proxy before the SuperLink can tell one call from another.
         edge: what they connect to; None for either.
         setup: of the SuperLink.
@@ -82,7 +82,7 @@ class Needs:
         """Return why a drill with these needs is left out of a configuration; None when it is not."""
         if self.tls and not configuration.tls:
             return "it is about TLS handshakes"
-        if self.readable and (configuration.tls or configuration.wire.grpc):
+        if self.readable and configuration.tls and not configuration.wire.grpc:
             return "the proxy before the relay has to read what nodes are told"
         if self.calls and configuration.upstream.grpc:
             return "the proxy before the SuperLink has to read its calls"

@@ -1,7 +1,8 @@
 """A proxy before the SuperLink or before the relay that does harm on request, in a thread of its own.
 
 It knows as much of HTTP/1.1 as nodes, relay and SuperLink use between each other: requests and responses with
-a Content-Length, one after the other. An opaque one knows nothing, and can only close its port.
+a Content-Length, one after the other. An opaque one knows nothing, and can only close its port, or reset what
+is connected.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
@@ -51,6 +52,7 @@ class FaultProxy:
         hits: how many calls, or for REFUSED open connections, met each fault.
         abandoned: calls by path that the relay left before it had the whole answer. The SuperLink may have
             carried them out; it writes no line about an answer that nobody takes.
+        on_message: called, in the proxy's thread, when an answer with a message comes by for the first time.
         broken: what went wrong in the proxy itself, which no drill wants.
     """
 
@@ -68,7 +70,9 @@ class FaultProxy:
         self._answers = {fault: cycle(answers) for fault, answers in ANSWERS.items()}
         self._resets = cycle((True, False))
         self._wanted: _Wanted | None = None
-        self._lost: set[bytes] = set()
+        self.on_message: Callable[[], None] | None = None
+        self._armed = False
+        self._messages: set[bytes] = set()
         self.slots = asyncio.Semaphore(AT_A_TIME)
         self._carriers: set[_Carrier] = set()
         self._server: asyncio.Server | None = None
@@ -93,6 +97,10 @@ class FaultProxy:
         """Let `share` of the calls from now on meet the fault. NONE ends it, but for the calls that hang."""
         self._do(self._set(fault, share))
 
+    def cut_next(self) -> None:
+        """Of an opaque one: reset all connections in place of passing on what comes next from the target."""
+        self._do(self._arm())
+
     def capture(self, path: bytes, least: int, timeout: float) -> bytes:
         """Return the next whole request whose path ends with `path` and whose answer has `least` bytes.
 
@@ -114,6 +122,17 @@ class FaultProxy:
             self._server = None
             self.hits[fault] += len(self._carriers)
             self._abort_all()
+
+    async def _arm(self) -> None:
+        self._armed = True
+
+    def cuts(self) -> bool:
+        """Return whether what has come from the target is to be lost; if so, all connections are."""
+        cuts, self._armed = self._armed, False
+        if cuts:
+            self.hits[Fault.CUT_MESSAGE] += 1
+            self._abort_all()
+        return cuts
 
     async def _capture(self, path: bytes, least: int, timeout: float) -> bytes:
         self._wanted = wanted = _Wanted(path + b" ", least, self._loop.create_future())
@@ -161,11 +180,11 @@ class FaultProxy:
         """Return the next answer of a fault."""
         return next(self._answers[fault])
 
-    def loses(self, path: str, body: bytes) -> bool:
+    def is_new_message(self, path: str, body: bytes) -> bool:
         """Return whether this is the first answer to a pull with this message."""
-        first = bool(body) and path.endswith(_PULL) and body not in self._lost
+        first = bool(body) and path.endswith(_PULL) and body not in self._messages
         if first:
-            self._lost.add(body)
+            self._messages.add(body)
         return first
 
     def resets(self) -> bool:
@@ -221,7 +240,7 @@ class _Carrier:
         reader, writer = self._upstream = await asyncio.open_connection(LOOPBACK, self._proxy.target)
         ways = [
             asyncio.create_task(_pour(self._reader, writer)),
-            asyncio.create_task(_pour(reader, self._writer)),
+            asyncio.create_task(_pour(reader, self._writer, unless=self._proxy.cuts)),
         ]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -270,11 +289,14 @@ class _Carrier:
             self._proxy.hits[fault] += 1
             await self._cut(reader, answer, cut_at(answer, size))
             return False
-        if fault is Fault.CUT_MESSAGE and size < LONG:
+        if (fault is Fault.CUT_MESSAGE or self._proxy.on_message) and size < LONG:
             body = await reader.readexactly(size)
-            if self._proxy.loses(path, body):
-                self._proxy.hits[fault] += 1
-                raise ConnectionResetError
+            if self._proxy.is_new_message(path, body):
+                if fault is Fault.CUT_MESSAGE:
+                    self._proxy.hits[fault] += 1
+                    raise ConnectionResetError
+                if self._proxy.on_message:
+                    self._proxy.on_message()
             answer, size = answer + body, 0
         self._writer.write(answer)
         try:
@@ -313,8 +335,10 @@ class _Carrier:
             raise ConnectionResetError
 
 
-async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while piece := await reader.read(_PIECE):
+async def _pour(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, unless: Callable[[], bool] = lambda: False
+) -> None:
+    while (piece := await reader.read(_PIECE)) and not unless():
         writer.write(piece)
         await writer.drain()
 

@@ -1,4 +1,4 @@
-"""The drills that an operator does without thinking about it, on both wires: nothing may be lost in them."""
+"""The drills that an operator does without thinking about it, on all wires: nothing may be lost in them."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ from drills.catalogue import DRILLS
 from drills.matrix import WIRES, Configuration, Edge
 from drills.releases import ReleaseError
 from drills.runner import Result, Runner
+from relay.call import Wire
 
 # Two federations side by side take about three minutes; a loaded machine may take twice that.
 pytestmark = [pytest.mark.e2e, pytest.mark.drill, pytest.mark.timeout(900)]
@@ -19,10 +20,10 @@ CHOSEN = ("upstream-port-closed", "worker-killed", "reload-three-times", "relay-
 ORDERLY = {"reload-three-times", "relay-restarted"}
 
 
-def commands(configuration: Configuration) -> Path:
+def commands(wire: Wire) -> Path:
     """Where Flower's commands are; skips where a person lacks them, which would hide broken tests in CI."""
     try:
-        return releases.commands(releases.RELEASES[configuration.wire])
+        return releases.commands(releases.RELEASES[wire])
     except ReleaseError as error:
         if os.environ.get("CI", "").lower() in {"true", "1"}:
             raise

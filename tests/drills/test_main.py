@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from drills import __main__ as command_line
-from drills import nginx
+from drills import handshakes, nginx
 from drills.__main__ import chosen_configurations, chosen_drills, main
 from drills.catalogue import DRILLS, QUICK
+from drills.door import Broken
+from drills.handshakes import Finding, Kind, Outcome
 from drills.matrix import WIRES, Configuration
 from drills.runner import Result
 
@@ -23,13 +25,15 @@ def test_all_drills_or_some() -> None:
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [
-        ([], 8),
-        (["--quick"], 2),
-        (["--quick", "--tls", "on"], 2),
+        ([], 12),
+        (["--quick"], 3),
+        (["--quick", "--tls", "on"], 3),
         (["--wire", "rest_v0"], 4),
         (["--wire", "http_v1", "--tls", "off", "--edge", "nginx"], 1),
-        (["--edge", "direct", "--edge", "nginx"], 8),
+        (["--edge", "direct", "--edge", "nginx"], 12),
         (["--keys"], 8),
+        (["--grpc-superlink"], 4),
+        (["--grpc-superlink", "--wire", "http_v1"], 0),
     ],
 )
 def test_configurations(arguments: list[str], count: int) -> None:
@@ -49,6 +53,7 @@ def test_without_nginx_its_columns_are_left_out(monkeypatch: pytest.MonkeyPatch,
             "tls": True,
             "edge": "nginx",
             "keys": False,
+            "superlink": "http_v1",
             "why": "nginx is not installed",
         }
     ]
@@ -85,3 +90,43 @@ def test_exit_codes(
     assert main(arguments) == code
     results = json.loads(report.read_text())["results"]
     assert [result["wire"] for result in results] == [wire.value for wire in WIRES]
+
+
+def test_handshake_faults_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lives, dies = Outcome(None, 3.2, 4, ""), Outcome(1, None, 1, "a handshake failed")
+    measured = []
+
+    def measure(kind: Kind, _: object, *, keep: bool) -> list[Finding]:
+        measured.append((kind, keep))
+        return [Finding(kind, Broken.FIN, lives, dies)]
+
+    monkeypatch.setattr(handshakes, "measure", measure)
+    report = tmp_path / "report.json"
+    assert main(["handshake-faults", "--wire", "grpc", "--keep", "--json", str(report)]) == 0
+    assert [str(kind) for kind, _ in measured] == ["grpc 1.39.0", "grpc 1.32.1"]
+    assert all(keep for _, keep in measured)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "before a byte" in line]
+    assert [cell.strip() for cell in rows[0].split("|")[1:-1]] == [
+        Broken.FIN.value,
+        *["back after 3 s", "exits (1)"] * 2,
+    ]
+    assert [row["starting"]["exit"] for row in json.loads(report.read_text())] == [1, 1]
+
+
+def test_handshake_faults_are_no_drill_of_the_matrix() -> None:
+    with pytest.raises(SystemExit, match="unknown drill handshake-faults"):
+        main(["handshake-faults", "slow-reader"])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (Outcome(None, None, 2, ""), "silent"),
+        (Outcome(0, 1.0, 2, ""), "exits (0)"),
+        (Outcome(None, 1.0, 0, ""), "did not meet it"),
+    ],
+)
+def test_what_is_said_of_an_outcome(outcome: Outcome, said: str) -> None:
+    assert str(outcome) == said

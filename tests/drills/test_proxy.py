@@ -9,10 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from drills.faults import LONG, Fault
+from drills.faults import AT_A_TIME, LONG, SLOW_SECONDS, Fault
 from drills.proxy import FaultProxy
 
 BIG = bytes(LONG + 1)
+PULL = "/v1/fleet/pull-messages"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -138,16 +139,15 @@ def test_long_answers_alone_are_cut(proxy: FaultProxy, seen: list[str]) -> None:
 
 def test_the_first_answer_with_each_message_is_lost(proxy: FaultProxy, seen: list[str]) -> None:
     proxy.set(Fault.CUT_MESSAGE)
-    pull = "/v1/fleet/pull-messages"
-    assert post(proxy, pull, b"") == (200, b"")
+    assert post(proxy, PULL, b"") == (200, b"")
     assert post(proxy, "/v1/fleet/push-messages") == (200, b"hello")
     for body in (b"one", b"two"):
         with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
-            post(proxy, pull, body)
-        assert post(proxy, pull, body) == (200, body)
+            post(proxy, PULL, body)
+        assert post(proxy, PULL, body) == (200, body)
     assert post(proxy, "/big") == (200, BIG)
     assert proxy.hits == {Fault.CUT_MESSAGE: 2}
-    assert seen.count(pull) == 5, "each of them was carried out"
+    assert seen.count(PULL) == 5, "each of them was carried out"
 
 
 def test_a_closed_port_refuses_and_resets(proxy: FaultProxy) -> None:
@@ -212,3 +212,55 @@ def test_a_request_is_captured_by_the_size_of_its_answer(proxy: FaultProxy) -> N
 def test_capturing_ends(proxy: FaultProxy) -> None:
     with pytest.raises(TimeoutError):
         proxy.capture(b"never", 0, 0.1)
+
+
+def test_a_slow_superlink_works_on_some_calls_at_a_time(proxy: FaultProxy) -> None:
+    proxy.set(Fault.SLOW)
+    start = time.monotonic()
+    threads = [threading.Thread(target=post, args=(proxy,)) for _ in range(2 * AT_A_TIME)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - start >= 2 * SLOW_SECONDS
+    assert proxy.hits[Fault.SLOW] == 2 * AT_A_TIME
+
+
+def test_an_opaque_one_passes_on_anything_and_can_close_its_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, FaultProxy(opaque=True) as proxy:
+        proxy.target = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", proxy.port), 5) as client:
+            client.sendall(b"\0no HTTP")
+            beyond = server.accept()[0]
+            beyond.settimeout(5)
+            assert beyond.recv(100) == b"\0no HTTP"
+            beyond.sendall(b"nor this")
+            assert client.recv(100) == b"nor this"
+            proxy.set(Fault.REFUSED)
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+            with pytest.raises(ConnectionResetError):
+                beyond.recv(1)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", proxy.port), 5)
+        beyond.close()
+        assert proxy.broken == []
+
+
+def test_an_opaque_one_loses_what_comes_next(proxy: FaultProxy) -> None:
+    with FaultProxy(opaque=True) as before:
+        before.target = proxy.port
+        assert post(before) == (200, b"hello")
+        before.cut_next()
+        with pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)):
+            post(before)
+        assert before.hits[Fault.CUT_MESSAGE] == 1
+        assert post(before) == (200, b"hello")
+
+
+def test_a_message_is_told_of_once(proxy: FaultProxy, seen: list[str]) -> None:
+    told = []
+    proxy.on_message = lambda: told.append(len(seen))
+    for path, body in ((PULL, b"a"), (PULL, b"a"), (PULL, b""), ("/v1/fleet/get-run", b"c"), (PULL, b"d")):
+        assert post(proxy, path, body) == (200, body)
+    assert told == [1, 5]

@@ -74,6 +74,7 @@ def test_json_has_it_all(tmp_path: Path) -> None:
         "tls": True,
         "edge": "nginx",
         "keys": False,
+        "superlink": "rest_v0",
         "survived": False,
         "problems": ["supernode-1 ended with exit code 1"],
         "run": "complete",
