@@ -6,7 +6,6 @@ Exit codes: 0 every drill was survived; 1 one was not; 2 something failed, or wa
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from drills import handshakes, nginx
 from drills.catalogue import DRILLS, QUICK, Drill
-from drills.columns import carry_out, say
+from drills.columns import carry_out, end_in_order, say
 from drills.matrix import WIRES, Configuration, Edge, Left, configurations, left_out
 from drills.releases import ReleaseError
 from drills.report import show, write_json
@@ -160,12 +159,8 @@ def _list(console: Console) -> None:
         console.print(f"  {configuration}", highlight=False)
 
 
-def _terminated(*_: object) -> None:
-    raise KeyboardInterrupt  # the way out that stops every process and removes every directory
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
+    end_in_order()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -30,15 +30,28 @@ def carry_out(
 
     Yields, in the order of the configurations, what came of the drills, and why that is not all ("").
     """
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=end_in_order) as pool:
         try:
             yield from pool.map(partial(_one, names=tuple(names), keep=keep), configurations)
         except BaseException:
             for child in multiprocessing.active_children():
                 if child.pid is not None:
-                    os.kill(child.pid, signal.SIGINT)  # the way out that stops every process of a federation
+                    os.kill(child.pid, signal.SIGTERM)  # the way out that stops every process of a federation
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def end_in_order() -> None:
+    """Have SIGTERM end this process as Ctrl-C does: every process is stopped, every directory removed.
+
+    SIGINT itself is ignored where a shell has started the drills in the background.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _one(configuration: Configuration, names: Sequence[str], keep: bool) -> tuple[list[Result], str]:
