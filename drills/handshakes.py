@@ -73,12 +73,14 @@ class Outcome:
     Attributes:
         exit: its exit code; None if it lived.
         back: seconds from the end of the fault to its first poll that went well; None if there was none.
+        beats: whether a heartbeat went well after the fault.
         met: connections that met the fault.
         said: its last line of complaint.
     """
 
     exit: int | None
     back: float | None
+    beats: bool
     met: int
     said: str
 
@@ -87,7 +89,9 @@ class Outcome:
             return f"exits ({self.exit})"
         if not self.met:
             return "did not meet it"
-        return "silent" if self.back is None else f"back after {self.back:.0f} s"
+        if self.back is None:
+            return "silent"
+        return f"back after {self.back:.0f} s" if self.beats else "polls without heartbeats"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +202,7 @@ class _Watch:
             time.sleep(APART_SECONDS)
 
     def all_polled(self) -> bool:
-        return all(self._polled(node, 0.0) is not None for node in self._nodes)
+        return all(self._did(Method.PULL_MESSAGES, node, 0.0) is not None for node in self._nodes)
 
     def outcomes(self, *, started: bool) -> list[Outcome]:
         """Let the faults come and go; return what has become of each node.
@@ -217,11 +221,17 @@ class _Watch:
         over = time.time()
         end = time.monotonic() + BACK_SECONDS
         while time.monotonic() < end and not all(
-            self._polled(node, over) or not node.running for node in self._nodes
+            self._is_well(node, over) or not node.running for node in self._nodes
         ):
             time.sleep(10 * POLL)
         return [
-            Outcome(node.returncode, self._polled(node, over), count, _complaint(node.output()[start:]))
+            Outcome(
+                node.returncode,
+                self._did(Method.PULL_MESSAGES, node, over),
+                self._did(Method.SEND_NODE_HEARTBEAT, node, over) is not None,
+                count,
+                _complaint(node.output()[start:]),
+            )
             for node, count, start in zip(self._nodes, met, logs, strict=True)
         ]
 
@@ -229,13 +239,19 @@ class _Watch:
         doors = self._doors.doors.values()
         return all(door.met or not node.running for node, door in zip(self._nodes, doors, strict=True))
 
-    def _polled(self, node: Process, since: float) -> float | None:
-        """Return the seconds from `since` to the first poll that went well."""
+    def _is_well(self, node: Process, since: float) -> bool:
+        return all(
+            self._did(method, node, since) is not None
+            for method in (Method.PULL_MESSAGES, Method.SEND_NODE_HEARTBEAT)
+        )
+
+    def _did(self, method: Method, node: Process, since: float) -> float | None:
+        """Return the seconds from `since` to the node's first such call that went well."""
         number = node_ids([node]).get(node.name)
         if number is None:
             return None
         lines = (line for line in self._log.read() if line.at > since)
-        return next((line.at - since for line in lines if line.is_ok(Method.PULL_MESSAGES, number)), None)
+        return next((line.at - since for line in lines if line.is_ok(method, number)), None)
 
 
 def _until(what: Callable[[], bool], of: str) -> None:

@@ -95,7 +95,7 @@ def test_exit_codes(
 def test_handshake_faults_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    lives, dies = Outcome(None, 3.2, 4, ""), Outcome(1, None, 1, "a handshake failed")
+    lives, dies = Outcome(None, 3.2, True, 4, ""), Outcome(1, None, False, 1, "a handshake failed")
     measured = []
 
     def measure(kind: Kind, _: object, *, keep: bool) -> list[Finding]:
@@ -123,9 +123,10 @@ def test_handshake_faults_are_no_drill_of_the_matrix() -> None:
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [
-        (Outcome(None, None, 2, ""), "silent"),
-        (Outcome(0, 1.0, 2, ""), "exits (0)"),
-        (Outcome(None, 1.0, 0, ""), "did not meet it"),
+        (Outcome(None, None, True, 2, ""), "silent"),
+        (Outcome(0, 1.0, True, 2, ""), "exits (0)"),
+        (Outcome(None, 1.0, True, 0, ""), "did not meet it"),
+        (Outcome(None, 1.0, False, 1, ""), "polls without heartbeats"),
     ],
 )
 def test_what_is_said_of_an_outcome(outcome: Outcome, said: str) -> None:
