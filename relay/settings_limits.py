@@ -53,7 +53,8 @@ class Limits(Section):
     """Longest first line and headers of a call together, at least `limits.header_size`."""
 
     head_timeout: Seconds = 20.0
-    """Longest time from the first byte of a call to the end of its headers; then the connection is closed."""
+    """Longest time from the first byte of a call to the end of its headers; then the connection is closed.
+    For ports that speak HTTP."""
 
     min_rate: BytesOrZero = 1024
     """Bytes per second that a node must send of a body, or take of an answer, while the relay waits for it;
@@ -65,7 +66,8 @@ class Limits(Section):
 
     connections: _CountOrZero = 0
     """Most connections of a worker on one port, 0 for any number. The calls on a connection beyond that are
-    told to come back later, and it is closed; beyond twice that number it is closed at once."""
+    told to come back later, and it is closed; beyond twice that number it is closed at once. For ports that
+    speak HTTP, as the next one."""
 
     connections_per_peer: _CountOrZero = 0
     """Most connections of a worker from one address, 0 for any number. Nodes behind one NAT share an address.
@@ -78,6 +80,9 @@ class Limits(Section):
 
     requests: Requests = Requests()
     max_held: Annotated[Bytes, Field(ge=1)] = 256 << 20
-    """Bytes of objects that one worker holds at a time where it cannot pass them on piece by piece, which is
-    with gRPC on either side; further calls wait. One object that is larger is let through alone. gRPC needs
-    up to three times as much memory for a moment."""
+    """Bytes of messages that one worker holds at a time where it cannot pass them on piece by piece, which is
+    with gRPC on either side; further ones wait. One whose length is not known takes 8 MiB, and more as it
+    grows. One at a time may exceed the bound, so that it comes to its end: a worker holds at most `max_held`
+    and the longest message. Others that grow meanwhile wait over HTTP, and over gRPC are told to come again.
+    Answers of a gRPC SuperLink count 8 MiB each until they are here. gRPC needs up to five times as much
+    memory for a moment."""

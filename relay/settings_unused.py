@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 #: What bounds the heads of HTTP, and the connections that we accept ourselves.
 _OF_HTTP = (
-    "header_count",
-    "header_size",
-    "head_size",
     "head_timeout",
     "connections",
     "connections_per_peer",

@@ -16,9 +16,6 @@ B = "http://b:8000"
 GRPC: dict[str, Any] = {"listeners": [{"wires": ["grpc"]}]}
 ASKED: dict[str, Any] = {"listeners": [{"auth": {"accept": ["node_signature"]}}]}
 HTTP_LIMITS = {
-    "header_count": 50,
-    "header_size": 2048,
-    "head_size": 65536,
     "head_timeout": 5,
     "connections": 9,
     "connections_per_peer": 9,
@@ -120,7 +117,7 @@ def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) 
         {"listeners": [{"auth": {"accept": [], "strangers": "refuse", "forward": False, "enforce": True}}]},
         {"listeners": [{"auth": {"forward": True}}]},
         {**ASKED, "node_keys": {"verify": "local", "window": 9, "ahead": 9}},
-        {**GRPC, "limits": {"header_count": 100, "connections": 0, "min_rate": "1KiB", "max_held": "1MiB"}},
+        {**GRPC, "limits": {"header_count": 50, "connections": 0, "min_rate": "1KiB", "max_held": "1MiB"}},
         {"upstream": {"standby": [B], "standby_after": 9, "health": {"interval": 9}}},
         {"upstream": {"addresses": [B], "shared_state": True, "health": {"interval": 9}}},
         {"upstream": {"wire": "grpc"}, "limits": {"max_held": "1MiB"}},

@@ -308,8 +308,12 @@ class GrpcFront:
         taken: dict[bytes, bytes] = {}
         metadata: Metadata = []
         not_passed = self._not_passed
-        for pair in bridge.to_headers(context.invocation_metadata() or ()):
+        came = context.invocation_metadata() or ()
+        size = longest = 0
+        for pair in bridge.to_headers(came):
             name = pair[0]
+            size += (length := len(name) + len(pair[1]))
+            longest = max(longest, length)
             if name in not_passed:
                 taken[name] = taken[name] + b"," + pair[1] if name in taken else pair[1]
             else:
@@ -344,8 +348,16 @@ class GrpcFront:
             request_id=request_id,
             started=rpc.started,
             deadline=rpc.started + _SHARE * _patience(wire, method, remaining),
+            fault=self._too_much(len(came), longest, size),
             certificate=self._forwarding.certificate(direct, shown, None) if shown else None,
         )
+
+    def _too_much(self, count: int, longest: int, size: int) -> Refusal | None:
+        limits = self.messages.limits
+        if count <= limits.header_count and longest <= limits.header_size and size <= limits.head_size:
+            return None
+        detail = f"{count} headers of {size} bytes, the longest of {longest}: see limits.header_count"
+        return Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
 
     def _new_id(self) -> str:
         return f"{self._id_start}-{next(self._ids):x}"

@@ -45,11 +45,14 @@ _LOOK = 0.2
 _TO_SETTLE = 1.0
 
 
-def options(max_body: int, keepalive: float, age: float = CONNECTION_SECONDS) -> list[tuple[str, int]]:
+def options(
+    max_body: int, max_head: int, keepalive: float, age: float = CONNECTION_SECONDS
+) -> list[tuple[str, int]]:
     """Return the options of a server.
 
     Args:
         max_body: longest message that is welcome, in bytes.
+        max_head: longest metadata that are, in bytes.
         keepalive: seconds after which a connection without calls is told to close.
         age: seconds after which any connection is; calls on it may take their time.
     """
@@ -59,6 +62,9 @@ def options(max_body: int, keepalive: float, age: float = CONNECTION_SECONDS) ->
         # ours; beyond it a node, which is pushing an object then, drops that and lives on.
         ("grpc.max_receive_message_length", min(2 * max_body, MOST_BYTES)),
         ("grpc.max_send_message_length", MOST_BYTES),
+        # Likewise. By itself gRPC fails calls by chance between two bounds.
+        ("grpc.max_metadata_size", 2 * max_head),
+        ("grpc.absolute_max_metadata_size", 2 * max_head),
         ("grpc.max_concurrent_streams", _STREAMS),
         # By itself gRPC lets in as much unasked as the line can carry: 170 MB of 100 calls (measured). This
         # costs little: one connection over a line of 100 ms takes 10 MB a second, over a shorter one more.
@@ -100,7 +106,7 @@ class GrpcServer:
         self.front = front
         grpc_tasks.install(asyncio.get_running_loop())
         self._health = Health()
-        self._server = aio.server(options=options(max_body, keepalive, age))
+        self._server = aio.server(options=options(max_body, front.messages.limits.head_size, keepalive, age))
         # The front comes last: it counts what is asked for and none of ours.
         self._server.add_generic_rpc_handlers((self._health, front))
         if credentials is None:

@@ -162,6 +162,25 @@ async def test_metadata_of_the_answer_reaches_the_node_but_not_what_is_of_http(
     assert answered.trailing == {"flwr-version-incompatibility-message": "update"}
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [("x-long", "a" * 1995)],
+        [(f"x-{number}", "a" * 900) for number in range(4)],
+        [(f"x-{number}", "a") for number in range(30)],
+    ],
+    ids=["size", "head", "count"],
+)
+async def test_a_head_beyond_the_limits_is_refused_as_over_http(
+    serve: Callable[..., Awaitable[Served]], metadata: list[tuple[str, str | bytes]]
+) -> None:
+    served = await serve(echo, header_count=30, header_size=2000, head_size=3600)
+    assert (await served.node.ask(Method.PUSH_OBJECT, REQUEST, metadata)).code == "PERMISSION_DENIED"
+    assert (await served.ending()).outcome == "too_large"
+    metadata = [(key, value[:-40]) for key, value in metadata[:28]]
+    assert (await served.node.ask(Method.PUSH_OBJECT, REQUEST, metadata)).code == "OK"
+
+
 @pytest.mark.parametrize("status", [200, 403])
 async def test_a_long_head_of_an_answer_ends_no_node(
     serve: Callable[..., Awaitable[Served]], status: int

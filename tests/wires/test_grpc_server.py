@@ -163,7 +163,7 @@ async def test_tls(stack: AsyncExitStack, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("max_body", "most"), [(1 << 20, 2 << 20), (4 << 30, MOST_BYTES)])
 def test_grpc_takes_more_than_the_limit_so_that_the_answer_is_ours(max_body: int, most: int) -> None:
-    chosen = dict(options(max_body, 75.0))
+    chosen = dict(options(max_body, 1 << 15, 75.0))
     assert chosen["grpc.max_receive_message_length"] == most
     assert chosen["grpc.max_send_message_length"] == MOST_BYTES
     assert chosen["grpc.max_connection_idle_ms"] == 75_000
