@@ -16,6 +16,7 @@ from structlog.stdlib import LoggerFactory, ProcessorFormatter, add_logger_name
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from relay import log_writer
 from relay.settings import Log
 
 MASKED: Final = frozenset(
@@ -33,6 +34,8 @@ _FIRST = ("timestamp", "level", "event", "logger")
 def configure(log: Log, stream: TextIO | None = None) -> None:
     """Send every line, of the relay and of the standard library's logging, to `stream` (None: stderr).
 
+    Nobody who writes a line waits for the stream; see `log_writer`.
+
     Call it once in a process, before the first line: a logger that has written keeps its level. Start
     gunicorn with `errorlog` None, or it writes its lines a second time.
     """
@@ -45,7 +48,7 @@ def configure(log: Log, stream: TextIO | None = None) -> None:
         logger_factory=LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(stream)
+    handler = log_writer.handler_for(stream)
     handler.setFormatter(
         ProcessorFormatter(
             foreign_pre_chain=annotate,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from prometheus_client import Counter, Gauge, Histogram
 
 from relay.call import Call, Ending, Reply, Source, View, Wire
+from relay.log_metrics import LogMetrics
 
 if TYPE_CHECKING:
     from relay.fleet import Method
@@ -67,6 +68,7 @@ class Metrics:
         """Prepare the bound labels, which are filled at the first call of each kind."""
         self._children: dict[tuple[Method, Wire], _Children] = {}
         self._in_flight = dict.fromkeys(Wire, 0)
+        self._log = LogMetrics()
 
     def applies(self, method: Method) -> bool:
         """Every call is counted."""
@@ -80,6 +82,7 @@ class Metrics:
 
     def sample(self) -> None:
         """Write what was gathered; to be called once a second, and when the worker ends."""
+        self._log.sample()
         for wire, calls in self._in_flight.items():
             IN_FLIGHT.labels(wire.value).set(calls)
         for children in self._children.values():
