@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import structlog
 from grpc import aio
 
-from relay.wires import grpc_sockets, grpc_tasks
+from relay.wires import grpc_paths, grpc_sockets, grpc_tasks
 from relay.wires.grpc_fleet import MOST_BYTES
 from relay.wires.grpc_health import Health
 
@@ -105,6 +105,7 @@ class GrpcServer:
         """
         self.front = front
         grpc_tasks.install(asyncio.get_running_loop())
+        grpc_paths.install()
         self._health = Health()
         self._server = aio.server(options=options(max_body, front.messages.limits.head_size, keepalive, age))
         # The front comes last: it counts what is asked for and none of ours.
