@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from relay.call import Metadata
     from relay.fleet import Method
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, CONTINUATION = 0, 1, 3, 4, 6, 7, 9
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
-_MOST: Final = 16_384  # bytes of a frame, before the other side has said that it takes more
+#: Most bytes that a frame has, before the other side has said that it takes more.
+MOST: Final = 16_384
 #: Bytes of a frame before its payload.
 HEAD_SIZE: Final = 9
 
@@ -44,6 +45,11 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0)
 
 
+def message(data: bytes) -> bytes:
+    """Return a gRPC message as it stands in DATA frames."""
+    return b"\0" + len(data).to_bytes(4, "big") + data
+
+
 def call(
     method: Method,
     body: bytes,
@@ -63,13 +69,13 @@ def call(
         ("content-type", "application/grpc"),
         *metadata,
     ]
-    message = b"\0" + len(body).to_bytes(4, "big") + body
-    pieces = [message[start : start + _MOST] for start in range(0, len(message), _MOST)]
+    whole = message(body)
+    pieces = [whole[start : start + MOST] for start in range(0, len(whole), MOST)]
     data = [
         frame(DATA, END_STREAM if number == len(pieces) else 0, stream, piece)
         for number, piece in enumerate(pieces, start=1)
     ]
-    block = b"".join(_literal(name, value) for name, value in pairs)
+    block = b"".join(literal(name.encode("ascii"), _ascii(value)) for name, value in pairs)
     return frame(HEADERS, END_HEADERS, stream, block) + b"".join(data)
 
 
@@ -103,11 +109,13 @@ def answer_to(head: Head, payload: bytes) -> bytes:
     return frame(head.kind, ACK, 0, payload if head.kind == PING else b"")
 
 
-def _literal(name: str, value: str | bytes) -> bytes:
+def literal(name: bytes, value: bytes) -> bytes:
     """Return one header in HPACK's plainest form: nothing compressed, nothing remembered."""
-    if isinstance(value, bytes):
-        value = b64encode(value).decode("ascii")
-    return b"\0" + _string(name.encode("ascii")) + _string(value.encode("ascii"))
+    return b"\0" + _string(name) + _string(value)
+
+
+def _ascii(value: str | bytes) -> bytes:
+    return b64encode(value) if isinstance(value, bytes) else value.encode("ascii")
 
 
 def _string(text: bytes) -> bytes:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
+from drills.http2 import message
 from tests.relay_process import RelayProcess, free_port
 from tests.security import http2
 from tests.security.corpus import Case, call, chunks, length, push
@@ -229,7 +230,7 @@ def test_nothing_of_a_run_over_grpc_tells_a_secret(tmp_path: Path) -> None:
         b"cookie": b"session=" + SECRETS["cookie"],
         b"x-unknown": SECRETS["unknown-header"],
     }
-    sound = http2.message(BODY)
+    sound = message(BODY)
     with (
         Recorder() as upstream,
         RelayProcess(
@@ -242,7 +243,7 @@ def test_nothing_of_a_run_over_grpc_tells_a_secret(tmp_path: Path) -> None:
         told = b""
         for end in (b"", b"\xff", b"\xa0", b"\x00"):
             metadata = [*proof, *((name, value + end) for name, value in credentials.items())]
-            for data in (sound, sound[:-2], sound + SECRETS["payload"], http2.message(SECRETS["payload"])):
+            for data in (sound, sound[:-2], sound + SECRETS["payload"], message(SECRETS["payload"])):
                 with http2.Connection(port) as node:
                     stream = node.call(path, metadata, data)
                     told += b"".join(frame.payload for frame in node.read(stream, 1.0))
