@@ -188,6 +188,11 @@ class Incoming:
     def _give_up(self, why: str) -> None:
         self.refuse(Refusal(Reason.MALFORMED, why, by="wire", sent=False))
 
+    def hurry(self, seconds: float) -> None:
+        """Give the message up if it is small, and was asked for so many seconds ago: the worker ends."""
+        if not self.long and time.monotonic() - self.started > seconds:
+            self._give_up(f"no message within {seconds:g} s")
+
     def refuse(self, refusal: Refusal) -> None:
         """Wait for it no longer; its reader gets this."""
         if self._task is not None and self._fault is None:

@@ -39,6 +39,11 @@ _UNASKED = 256 * 1024
 _PLAIN = 1
 #: Seconds after which a connection is told to leave, more or less a tenth (gRPC's own jitter).
 CONNECTION_SECONDS = 30.0
+_JITTER = 1.1
+#: Seconds for a connection to say its first word, and for a call to bring a small message.
+_SILENT = 2.0
+#: The first bytes of HTTP/2; over TLS there are more.
+_PREFACE = 24
 #: Seconds between two looks at what is still connected. They cost some microseconds for each open file.
 _LOOK = 0.2
 #: Seconds for gRPC to notice that connections were cut.
@@ -104,6 +109,7 @@ class GrpcServer:
             RuntimeError: the address cannot be listened on.
         """
         self.front = front
+        self._leave_by = age * _JITTER + _TO_SETTLE
         grpc_tasks.install(asyncio.get_running_loop())
         grpc_paths.install()
         self._health = Health()
@@ -130,18 +136,31 @@ class GrpcServer:
     async def drain(self, timeout: float) -> None:
         """Accept no more; return when all connections have left, or were cut after `timeout` seconds.
 
-        Calls whose node has left already are waited for as well.
+        Calls whose node has left already are waited for as well. Connections are not, if nobody calls on
+        them: those that have said nothing are cut soon, and all when they should have left.
         """
         self._health.close()
         grpc_sockets.close_listening(self.port)
         loop = asyncio.get_running_loop()
-        end = loop.time() + timeout
+        began = loop.time()
+        end, silent, idle = began + timeout, began + _SILENT, began + self._leave_by
         while grpc_sockets.count_connections(self.port) or self.front.left:
-            if loop.time() >= end:
+            now = loop.time()
+            if now >= end or (now >= idle and not self._calls()):
                 self._cut(timeout)
                 break
-            await asyncio.sleep(min(_LOOK, max(end - loop.time(), 0.0)))
+            if now >= silent:
+                silent = end
+                grpc_sockets.cut_connections(self.port, _PREFACE)
+            await asyncio.sleep(min(_LOOK, max(end - now, 0.0)))
         await self._server.stop(_TO_SETTLE)
+
+    def _calls(self) -> bool:
+        """Return whether a call is under way, and refuse those whose message should long be here."""
+        waiting = self.front.messages.waiting
+        for each in waiting:
+            each.hurry(_SILENT)
+        return bool(self.front.in_flight or self.front.left or waiting)
 
     def _cut(self, timeout: float) -> None:
         self.front.cutting = True

@@ -6,6 +6,7 @@ CANCELLED (measured: 149 of 4800 calls over 25 shutdowns), and a node does not s
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import stat
@@ -31,13 +32,17 @@ def close_listening(port: int) -> None:
                     found.shutdown(socket.SHUT_RDWR)
 
 
-def cut_connections(port: int) -> None:
-    """End the connections that came to `port`; their calls fail with UNAVAILABLE, which nodes survive."""
+def cut_connections(port: int, below: float = math.inf) -> None:
+    """End the connections that came to `port` if they have brought less than `below` bytes.
+
+    Their calls fail with UNAVAILABLE, which nodes survive.
+    """
     for number in _numbers():
         with _inspected(number) as found:
             if found is not None and _is_at(found, port, listening=False):
-                with suppress(OSError):
-                    found.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError, struct.error):
+                    if below == math.inf or _brought(found) < below:
+                        found.shutdown(socket.SHUT_RDWR)
 
 
 def count_connections(port: int) -> int:
@@ -70,8 +75,7 @@ class Connections:
                 if connection is not None and _peer(connection) == peer:
                     # The kernel may be too old to say, or the connection has ended.
                     with suppress(OSError, struct.error):
-                        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BROUGHT.size)
-                        found[peer] = _BROUGHT.unpack(told)[0]
+                        found[peer] = _brought(connection)
                 else:
                     del self._at[peer]
         return found
@@ -95,6 +99,12 @@ class Connections:
 def brought(peers: Collection[str]) -> dict[str, int]:
     """Return how many bytes the connections of these peers, in gRPC's words, have brought so far."""
     return Connections().brought(peers)
+
+
+def _brought(connection: socket.socket) -> int:
+    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BROUGHT.size)
+    count: int = _BROUGHT.unpack(told)[0]
+    return count
 
 
 def _peer(connection: socket.socket) -> str | None:

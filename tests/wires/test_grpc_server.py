@@ -22,6 +22,7 @@ from relay.wires.grpc_server import GrpcServer, options
 from relay.wires.grpc_tls import server_credentials
 from tests.certificates import make_pair
 from tests.grpc_ends import GrpcNode
+from tests.security import http2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -129,6 +130,45 @@ async def test_a_drain_cuts_what_does_not_end(stack: AsyncExitStack) -> None:
         await asyncio.sleep(0.01)
     assert [ending.outcome for ending in handler.endings] == ["cancelled"]
     assert server.front.in_flight == 0
+
+
+async def test_a_drain_waits_for_no_connection_without_a_call(stack: AsyncExitStack) -> None:
+    """With one that says nothing, one that says nothing of a call, and one that is watched."""
+
+    async def read(call: Call) -> Reply:
+        return Reply(Payload(await call.payload.peek(1)), Source.UPSTREAM)
+
+    server = await serve(stack, read, age=2.0)
+    server.front.messages.limits = Limits()
+    silent = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+    stack.enter_context(http2.Connection(server.port))
+    waiting = stack.enter_context(http2.Connection(server.port))
+    waiting.call(Method.PULL_MESSAGES.grpc, end=False)
+    watching = stack.enter_context(http2.Connection(server.port))
+    watching.call("/grpc.health.v1.Health/Watch", body=bytes(5))
+    await asyncio.sleep(0.2)
+    assert server.front.in_flight == 1
+    async with asyncio.timeout(12):
+        await server.drain(1000.0)
+        while server.front.in_flight:
+            await asyncio.sleep(0.01)
+    while await asyncio.to_thread(silent.recv, 4096):
+        pass  # its greeting
+
+
+async def test_a_drain_waits_for_calls_however_old_their_connection_is(stack: AsyncExitStack) -> None:
+    handler = Slow()
+    server = await serve(stack, handler, age=0.3)
+    node = await stack.enter_async_context(GrpcNode(server.port))
+    asking = asyncio.ensure_future(node.ask(Method.PUSH_OBJECT, b"x"))
+    await handler.came.wait()
+    drained = asyncio.ensure_future(server.drain(1000.0))
+    await asyncio.sleep(3.5)
+    assert not drained.done()
+    handler.go.set()
+    assert (await asking).data == b"answer"
+    async with asyncio.timeout(10):
+        await drained
 
 
 async def test_workers_share_a_port(stack: AsyncExitStack) -> None:
