@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from drills.http2 import message
 from relay.call import Payload, Reply, Source
 from relay.fleet import Method
 from relay.wires import grpc_paths
@@ -29,7 +30,7 @@ async def answer(call: Call) -> Reply:
 def ask(port: int, path: bytes) -> list[http2.Frame]:
     with http2.Connection(port) as node:
         # The later one counts.
-        return node.read(node.call("/", [(b":path", path)], http2.message(b"")), 2.0)
+        return node.read(node.call("/", [(b":path", path)], message(b"")), 2.0)
 
 
 @pytest.mark.parametrize(
