@@ -80,6 +80,19 @@ async def test_a_relay_that_serves_is_ready_and_says_what_it_is(client: TestClie
     }
 
 
+async def test_a_reload_that_goes_on_is_shown_and_a_generation_serves_when_it_has_ended(
+    client: TestClient[Any, Any], shared: Shared
+) -> None:
+    shared.begin()
+    shared.reloaded(accepted=True)
+    shared.serves(1, 3)
+    said = await (await client.get("/readyz")).json()
+    assert (said["generation"], said["serving"], said["reloading"]) == (1, 0, True)
+    shared.end(1)
+    said = await (await client.get("/readyz")).json()
+    assert (said["generation"], said["serving"], "reloading" in said) == (1, 1, False)
+
+
 async def test_a_relay_that_stops_is_alive_and_not_ready(
     client: TestClient[Any, Any], shared: Shared
 ) -> None:

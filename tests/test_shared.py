@@ -89,6 +89,47 @@ def test_workers_that_were_replaced_many_times_are_told_apart() -> None:
     assert shared.succeeded(0)
 
 
+def test_how_far_a_worker_has_come_is_known_to_the_master() -> None:
+    shared = Shared()
+
+    def come() -> tuple[bool, bool, bool]:
+        return shared.may_accept(7), shared.has_begun(7), shared.has_left(7)
+
+    assert come() == (False, False, False)
+    served = [shared.served]
+    for said, expected in (
+        (lambda: shared.listens(7), (True, False, False)),
+        (lambda: shared.serves(0, 7), (True, True, False)),
+        (lambda: shared.leaves(7), (True, True, True)),
+    ):
+        in_a_child(said)
+        assert come() == expected
+        served.append(shared.served)
+    assert served == [False, False, True, True]
+    assert not shared.may_accept(8)
+    # A place is used again after many workers; what the one before said is not the next one's.
+    shared.starts(7 + 1024)
+    assert come() == (False, False, False)
+
+
+def test_a_worker_that_starts_in_the_place_of_another_serves_nothing_yet() -> None:
+    shared = Shared()
+    shared.reloaded(accepted=True)
+    shared.serves(1, 5)
+    assert shared.succeeded(0)
+    shared.starts(5 + 1024)
+    assert not shared.succeeded(0)
+
+
+def test_a_reload_goes_on_from_the_reading_until_it_is_in_force_or_given_up() -> None:
+    shared = Shared()
+    states = []
+    for said in (shared.begin, lambda: shared.reloaded(accepted=True), lambda: shared.end(1)):
+        said()
+        states.append((shared.reloading, shared.generation, shared.in_force))
+    assert states == [(True, 0, 0), (True, 1, 0), (False, 1, 1)]
+
+
 def test_each_number_stands_for_itself() -> None:
     shared = Shared()
     for _ in range(300):  # more than a byte holds
