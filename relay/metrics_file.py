@@ -30,6 +30,9 @@ _EMPTY = struct.pack("i4x", 8)
 class ReservedDict(MmapedDict):
     """prometheus_client's file of doubles, on blocks of the disk that are its own."""
 
+    #: Whether this process has said that there is no room.
+    _said = False
+
     def __init__(self, filename: str, read_mode: bool = False) -> None:
         """Open or make the file; without room for it nothing is written, and nothing is raised."""
         self._fname = filename
@@ -105,7 +108,8 @@ class ReservedDict(MmapedDict):
         self._capacity = capacity
 
     def _fail(self, error: OSError) -> None:
-        if self._retry_at == 0.0:
+        if not ReservedDict._said:
+            ReservedDict._said = True
             log.warning(
                 "metrics are not seen by the other workers: make room for them",
                 file=self._fname,

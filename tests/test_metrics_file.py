@@ -76,9 +76,11 @@ def test_all_of_it_is_reserved_also_when_it_grows(tmp_path: Path) -> None:
 
 
 def test_without_room_for_the_file_a_process_counts_in_itself_and_says_so_once(
-    tmp_path: Path, disk: Disk
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ReservedDict, "_said", False)
     with structlog.testing.capture_logs() as logs:
+        ReservedDict(str(tmp_path / "histogram_1.db")).write_value("a", 1.0, 0.0)
         file = ReservedDict(str(tmp_path / "counter_1.db"))
         for count in (1.0, 2.0):
             file.write_value("a", count, 0.0)
