@@ -73,8 +73,8 @@ def test_a_list_that_cannot_be_read_ends_the_command(
     code, said = ended(lambda: listed.read(path, words))
     assert (code, said) == (UNREACHABLE, f"{path} is not there: `flwr-relay nodes allow FILE` makes it")
     assert ended(lambda: listed.read(tmp_path, words, list[str]())) == (
-        UNREACHABLE,
-        f"{tmp_path}: Is a directory",
+        INVALID,
+        f"{tmp_path}: is no file: write one there",
     )
     path.write_text("x")
     assert ended(lambda: listed.read(path, broken, "")) == (INVALID, f"{path}: line 1: must be a key")
