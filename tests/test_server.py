@@ -30,6 +30,8 @@ CALL = (
     b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: relay\r\n"
     b"Content-Type: application/protobuf\r\nContent-Length: 3\r\n\r\nabc"
 )
+#: The answer to it is an object, which is passed on as it comes.
+PULL = CALL.replace(b"push-object", b"pull-object")
 #: The relay with a master that takes a worker for dead after 2 s instead of 60.
 IMPATIENT = """
 import sys
@@ -268,7 +270,7 @@ async def test_a_call_that_outlasts_the_drain_is_cut_and_the_relay_ends(tmp_path
         waiting, reading = await dial(relay.port), await dial(relay.port)
         waiting.send(CALL)
         await (await upstream.accept()).message()
-        reading.send(CALL)
+        reading.send(PULL)
         peer = await upstream.accept()
         await peer.message()
         peer.send(response(b"part", size=100_000))
@@ -309,7 +311,7 @@ async def test_a_node_that_takes_nothing_of_its_answer_delays_a_stop_no_longer_t
     drain = {"timeout": 1, "idle_grace": 0.2}
     async with Listener() as upstream, relay_to(tmp_path, upstream.port, drain=drain, workers=1) as relay:
         node = await dial(relay.port, receive_buffer=4096)
-        node.send(CALL)
+        node.send(PULL)
         peer = await upstream.accept()
         await peer.message()
         sending = asyncio.create_task(peer.send_all(response(bytes(20_000_000))))
