@@ -85,10 +85,13 @@ class Refusal(Exception):  # noqa: N818 - the vocabulary's name: it is an answer
         They hold the call, which holds how it ended, which holds this. When calls are refused by the
         thousand, memory would grow until the collector of cycles looks at old objects.
         """
-        error: BaseException | None = self
-        while error is not None:
+        error: BaseException = self
+        while True:
             error.__traceback__ = None
-            error = error.__cause__ or error.__context__
+            before = error.__cause__ or error.__context__
+            if before is None or before.__traceback__ is None:  # never raised, or seen: a chain may be a ring
+                return
+            error = before
 
 
 class NodeGone(Exception):  # noqa: N818 - it names the event

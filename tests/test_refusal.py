@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import pytest
 
@@ -53,3 +54,16 @@ def test_a_reason_is_found_by_its_name_in_a_table() -> None:
 def test_a_node_that_has_gone_is_not_refused() -> None:
     assert not issubclass(NodeGone, Refusal)
     assert not issubclass(Refusal, NodeGone)
+
+
+@pytest.mark.timeout(10)
+def test_frames_are_let_go_of_also_in_a_ring_of_errors() -> None:
+    """`raise a from b` where `b` came out of the handling of `a`, when the same error is raised again."""
+    refusal, other = Refusal(Reason.UPSTREAM_DOWN, by="test"), OSError("no connection")
+    for error in (refusal, other):
+        with suppress(Refusal, OSError):
+            raise error
+    refusal.__cause__, other.__context__ = other, refusal
+    refusal.forget()
+    assert refusal.__traceback__ is None
+    assert other.__traceback__ is None

@@ -195,7 +195,8 @@ class Breaker:
         try:
             await asyncio.wait({asking}, timeout=PROBE_SECONDS)
         except asyncio.CancelledError:
-            asking.cancel()
+            asking.cancel()  # too late if it is done
+            asking.add_done_callback(_give_up)
             raise
         if not asking.done():
             raise _HangsError(asking)
@@ -205,6 +206,9 @@ class Breaker:
         """Wait for the answer to a probe that has failed for want of one; it closes the breaker."""
         try:
             reply = await asking
+        except asyncio.CancelledError:
+            asking.add_done_callback(_give_up)
+            raise
         except Refusal as refusal:
             if verdict(refusal) is Verdict.WORKS:
                 self.reset()
@@ -220,6 +224,12 @@ class Breaker:
         found = verdict(error)
         self._storage.withhold = found is Verdict.SAYS_NOTHING
         return found is not Verdict.FAILS
+
+
+def _give_up(asking: asyncio.Future[Reply]) -> None:
+    """Let go of an answer that nobody waits for any more, and of its connection."""
+    if not asking.cancelled() and asking.exception() is None:
+        asking.result().payload.close()
 
 
 class _HangsError(Refusal):

@@ -33,12 +33,28 @@ DOWN = Refusal(Reason.UPSTREAM_DOWN, "refused", sent=False)
 OPEN_SECONDS = 0.3
 
 
+class Body:
+    """One that is still arriving."""
+
+    closed = False
+
+    async def read(self) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class Upstream:
-    """Does what the test says: `error` is raised, or the call is answered; `hold` makes it wait before."""
+    """Does what the test says: `error` is raised, or the call is answered; `hold` makes it wait before.
+
+    With `body`, the answer is one that is still arriving.
+    """
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self.hold: asyncio.Event | None = None
+        self.body: Body | None = None
         self.calls = 0
         self.at_a_time = 0
         self.most = 0
@@ -57,7 +73,7 @@ class Upstream:
             self.at_a_time -= 1
         if error is not None:
             raise error
-        return Reply(Payload(b"ok"), Source.UPSTREAM)
+        return Reply(Payload(b"ok", body=self.body), Source.UPSTREAM)
 
 
 class Worker:
@@ -259,6 +275,27 @@ async def test_a_probe_that_is_cancelled_takes_its_call_with_it(worker: Worker, 
     assert worker.upstream.at_a_time == 0
     worker.upstream.hold = None
     assert await worker.ask(call) == "ok"
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_an_answer_whose_probe_is_cancelled_in_that_moment_is_closed(
+    worker: Worker, call: Call, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    if hangs:
+        monkeypatch.setattr("relay.upstreams.breaker.PROBE_SECONDS", 0.05)
+    await worker.fail(call)
+    await until_due(worker)
+    worker.upstream.hold, worker.upstream.body = asyncio.Event(), Body()
+    probe = asyncio.ensure_future(worker.ask(call))
+    await asyncio.sleep(0.2 if hangs else 0.01)
+    worker.upstream.hold.set()
+    while worker.upstream.at_a_time:
+        await asyncio.sleep(0)
+    probe.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await probe
+    await asyncio.sleep(0)
+    assert worker.upstream.body.closed
 
 
 async def test_what_hung_before_a_reset_does_not_open_it_again(
