@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -13,11 +16,13 @@ import psutil
 import pytest
 
 from relay.fleet import Method
-from tests.grpc_ends import GrpcNode
-from tests.relay_process import RelayProcess
-from tests.test_big_bodies import peak
+from tests.grpc_ends import Asked, GrpcNode, GrpcSuperLink
+from tests.relay_process import RelayProcess, free_port
+from tests.test_big_bodies import REQUEST as POST
+from tests.test_big_bodies import Wire, peak
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("relay-processes")]
@@ -114,3 +119,89 @@ async def test_a_message_of_a_gib_passes_and_its_worker_lives(
         assert await off(peak, relay) < 6 * GIB
         assert [each.pid for each in relay.workers()] == [worker.pid]
         assert relay.complaints() == []
+
+
+# -- many at a time -------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+LONG, HELD = 64 * MIB, 64 * MIB
+#: What a worker may have for so much that it holds; gRPC needs five times as much for a moment.
+MOST = 5 * (HELD + LONG) + 150 * MIB
+
+
+class BothWires(RelayProcess):
+    """A relay that listens for gRPC at `grpc_port`, and for HTTP at `port`."""
+
+    def __init__(self, directory: Path, upstream: int) -> None:
+        super().__init__(directory, upstream, workers=1, wire="grpc", limits={"max_held": HELD})
+        self.settings["limits"]["check_calls"] = False
+        self.grpc_port = free_port()
+        listener = {"address": f"127.0.0.1:{self.grpc_port}", "wires": ["grpc", "grpc_adapter"]}
+        self.settings["listeners"].append(listener)
+
+
+@pytest.fixture
+async def relay(tmp_path: Path) -> AsyncIterator[BothWires]:
+    """A relay for both wires that holds 64 MiB; its SuperLink takes a second for what is pushed."""
+
+    async def slow(asked: Asked, _: object) -> bytes:
+        superlink.asked.clear()
+        if asked.method is Method.PUSH_OBJECT:
+            await asyncio.sleep(1.0)
+            assert len(asked.data) == LONG
+        return b"\x08\x01"
+
+    async with GrpcSuperLink() as superlink:
+        superlink.answer = slow
+        relay = BothWires(tmp_path, superlink.port)
+        try:
+            await off(relay.start)
+            yield relay
+        finally:
+            await off(relay.end)
+
+
+async def test_pushes_at_a_time_are_held_to_the_bound_and_all_arrive(relay: BothWires) -> None:
+    async def push(node: GrpcNode) -> None:
+        async with node:
+            while (answer := await node.ask(Method.PUSH_OBJECT, data, timeout=170)).code != "OK":
+                assert answer.code == "UNAVAILABLE"
+                await asyncio.sleep(0.5)
+
+    data = bytes(LONG)
+    await asyncio.gather(*(push(GrpcNode(relay.grpc_port)) for _ in range(12)))
+    print(f"peak {(most := await off(peak, relay)) >> 20} of {MOST >> 20} MiB")
+    assert most < MOST
+    assert relay.complaints() == []
+
+
+async def test_long_small_calls_are_not_held(relay: BothWires) -> None:
+    data = bytes(100 * MIB)
+    nodes = [GrpcNode(relay.grpc_port) for _ in range(8)]
+    answers = await asyncio.gather(
+        *(node.ask(Method.SEND_NODE_HEARTBEAT, data, timeout=100) for node in nodes)
+    )
+    await asyncio.gather(*(node.channel.close() for node in nodes))
+    print(f"peak {(most := await off(peak, relay)) >> 20} MiB")
+    assert {answer.code for answer in answers} == {"UNAVAILABLE"}
+    assert most < 400 * MIB
+
+
+def upload(port: int) -> None:
+    """Push in chunks, over HTTP, until it is taken."""
+    while True:
+        with contextlib.closing(Wire(socket.create_connection(("127.0.0.1", port)))) as wire:
+            with contextlib.suppress(OSError):
+                wire.send(POST % b"push-object", LONG, chunked=True)
+                head = wire.head()
+                if head.startswith(b"http/1.1 200 "):
+                    return
+                assert head.startswith(b"http/1.1 503 ")
+        time.sleep(0.5)
+
+
+async def test_uploads_of_unknown_length_are_held_to_the_bound_and_all_arrive(relay: BothWires) -> None:
+    await asyncio.gather(*(off(upload, relay.port) for _ in range(8)))
+    print(f"peak {(most := await off(peak, relay)) >> 20} of {MOST >> 20} MiB")
+    assert most < MOST
+    assert relay.complaints() == []
