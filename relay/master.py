@@ -37,6 +37,12 @@ _TURN = 0.05
 _NO_SUCH_CODE = -1
 
 
+def pause_after(failures: int) -> float:
+    """Return the seconds before the next worker is started after so many that could not start."""
+    # The power of a night full of failures is too large for a float.
+    return min(_PAUSE, 0.1 * 2.0 ** min(failures, 10))
+
+
 class Application(Protocol):
     """What the master asks of the application.
 
@@ -172,7 +178,7 @@ class Master(Arbiter):  # type: ignore[misc]
     def _pause(self) -> None:
         """Wait longer with each worker that cannot start."""
         self._failures += 1
-        self._start_at = time.monotonic() + min(_PAUSE, 0.1 * 2**self._failures)
+        self._start_at = time.monotonic() + pause_after(self._failures)
 
     def _of(self, generation: int) -> set[int]:
         """Return the workers of these settings that were not told to leave."""

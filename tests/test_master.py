@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from relay.master import pause_after
 from tests.relay_process import RelayProcess
 from tests.sockets import Listener, Peer, connect, response
 
@@ -74,6 +75,10 @@ async def close(peer: Peer) -> None:
 
 async def until(relay: RelayProcess, condition: Any, timeout: float = 30.0) -> None:
     await off(relay.until, condition, timeout)
+
+
+def test_the_pause_after_a_failed_start_grows_to_a_bound_and_has_no_last() -> None:
+    assert [pause_after(failures) for failures in (1, 2, 6, 5000)] == [0.2, 0.4, 5.0, 5.0]
 
 
 def pids(relay: RelayProcess) -> set[int]:
