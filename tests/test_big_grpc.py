@@ -135,6 +135,7 @@ class BothWires(RelayProcess):
     def __init__(self, directory: Path, upstream: int) -> None:
         super().__init__(directory, upstream, workers=1, wire="grpc", limits={"max_held": HELD})
         self.settings["limits"]["check_calls"] = False
+        self.settings["listeners"][0]["wires"] = ["http_v1"]
         self.grpc_port = free_port()
         listener = {"address": f"127.0.0.1:{self.grpc_port}", "wires": ["grpc", "grpc_adapter"]}
         self.settings["listeners"].append(listener)
@@ -190,13 +191,13 @@ async def test_long_small_calls_are_not_held(relay: BothWires) -> None:
 def upload(port: int) -> None:
     """Push in chunks, over HTTP, until it is taken."""
     while True:
-        with contextlib.closing(Wire(socket.create_connection(("127.0.0.1", port)))) as wire:
-            with contextlib.suppress(OSError):
-                wire.send(POST % b"push-object", LONG, chunked=True)
-                head = wire.head()
-                if head.startswith(b"http/1.1 200 "):
-                    return
-                assert head.startswith(b"http/1.1 503 ")
+        wire = Wire(socket.create_connection(("127.0.0.1", port)))
+        with contextlib.closing(wire), contextlib.suppress(OSError):
+            wire.send(POST % b"push-object", LONG, chunked=True)
+            head = wire.head()
+            if head.startswith(b"http/1.1 200 "):
+                return
+            assert head.startswith(b"http/1.1 503 ")
         time.sleep(0.5)
 
 
