@@ -13,6 +13,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+import structlog
+
 from relay.quota import STEP
 from relay.refusal import Reason, Refusal
 from relay.wires.grpc_sockets import Connections
@@ -22,10 +24,14 @@ if TYPE_CHECKING:
 
     from relay.wires.grpc_message import Incoming
 
+log = structlog.get_logger("relay.wires.grpc")
+
 #: Seconds between two looks; what comes meanwhile comes unseen.
 _EVERY = 0.02
 #: Looks take at most this share of the time.
 _SHARE = 0.05
+#: Seconds between two complaints of looks that fail.
+_COMPLAIN_SECONDS = 60.0
 #: What a connection may bring beyond: heads of calls, framing, and what gRPC takes of messages unasked.
 SLACK = 1024 * 1024
 #: TLS and HTTP/2 make a message longer by less than one part in so many.
@@ -51,6 +57,7 @@ class Arrivals:
         self._known: dict[str, _Connection] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: Iterable[Incoming] = ()
+        self._complain_at = 0.0
 
     def watch(self, waiting: Iterable[Incoming]) -> None:
         """Look at these, until there are none; harmless when repeated."""
@@ -74,12 +81,18 @@ class Arrivals:
         if not groups:
             return
         began = time.perf_counter()
-        for peer, brought in self._sockets.brought(groups).items():
-            known = self._known.get(peer)
-            if known is None:
-                self._known[peer] = _Connection(brought)
-            else:
-                self._check(known, groups[peer], brought)
+        try:
+            for peer, brought in self._sockets.brought(groups).items():
+                known = self._known.get(peer)
+                if known is None:
+                    self._known[peer] = _Connection(brought)
+                else:
+                    self._check(known, groups[peer], brought)
+        except Exception:
+            # Without another look nothing would hold messages to their shares.
+            if began >= self._complain_at:
+                self._complain_at = began + _COMPLAIN_SECONDS
+                log.exception("no look at what comes over gRPC")
         took = time.perf_counter() - began
         self._timer = asyncio.get_running_loop().call_later(max(_EVERY, took / _SHARE), self._look)
 

@@ -6,21 +6,29 @@ CANCELLED (measured: 149 of 4800 calls over 25 shutdowns), and a node does not s
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import resource
 import socket
 import stat
 import struct
+import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 _FILES = "/proc/self/fd"
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 #: `tcpi_bytes_received` in Linux's `struct tcp_info` (include/uapi/linux/tcp.h), since Linux 4.1.
 _BROUGHT = struct.Struct("=128xQ")
+
+#: A descriptor that is kept for a look when this process may open no more files, and what is behind it else.
+_NOTHING = os.open(os.devnull, os.O_RDONLY)
+_SPARE = os.open(os.devnull, os.O_RDONLY)
+_spare_is_free = threading.Lock()
 
 
 def close_listening(port: int) -> None:
@@ -123,32 +131,53 @@ def _words(peer: tuple[Any, ...]) -> str:
     return f"ipv6:%5B{host.replace('%', '%25')}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
 
-def _numbers() -> list[int]:
-    return [int(name) for name in os.listdir(_FILES)]  # noqa: PTH208 - a name is the number
+def _numbers() -> Iterable[int]:
+    """Return the descriptors of this process; when they cannot be listed, all that there may be."""
+    try:
+        return [int(name) for name in os.listdir(_FILES)]  # noqa: PTH208 - a name is the number
+    except OSError:  # to list them takes one more, and then all below the limit are in use
+        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 @contextmanager
 def _inspected(number: int) -> Iterator[socket.socket | None]:
     """Give the socket behind a file descriptor, whoever owns that; None if it is no socket."""
-    copy = None
-    with suppress(OSError):  # it was closed meanwhile
-        # Nothing else may be copied: to close a copy of a file takes the record locks of this process off it
-        # (fcntl(2)), and with them whatever `stores/records` was about to write.
-        if stat.S_ISSOCK(os.fstat(number).st_mode):
-            copy = os.dup(number)
+    copy = _copy(number)
     if copy is None:
         yield None
         return
+    found = None
     try:
-        found = socket.socket(fileno=copy)
-    except OSError:  # another file
-        os.close(copy)
-        yield None
-        return
-    try:
+        with suppress(OSError):  # another file
+            found = socket.socket(fileno=copy)
         yield found
     finally:
-        found.close()
+        if found is not None:
+            found.detach()
+        if copy == _SPARE:
+            os.dup2(_NOTHING, _SPARE, inheritable=False)
+            _spare_is_free.release()
+        else:
+            os.close(copy)
+
+
+def _copy(number: int) -> int | None:
+    """Return a copy of a descriptor, so that it stays the same socket; None if it is no socket."""
+    try:
+        # Nothing else may be copied: to close a copy of a file takes the record locks of this process off it
+        # (fcntl(2)), and with them whatever `stores/records` was about to write.
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return None
+        return os.dup(number)
+    except OSError as error:
+        if error.errno != errno.EMFILE:  # it was closed meanwhile
+            return None
+    _spare_is_free.acquire()
+    try:
+        return os.dup2(number, _SPARE, inheritable=False)
+    except OSError:
+        _spare_is_free.release()
+        return None
 
 
 def _is_at(found: socket.socket, port: int, *, listening: bool) -> bool:

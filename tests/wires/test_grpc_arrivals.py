@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog.testing
 
 from relay.quota import GUESS, STEP, Quota, Share
 from relay.refusal import Reason, Refusal
@@ -24,8 +25,11 @@ class Sockets:
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.fails = False
 
     def brought(self, peers: Collection[str]) -> dict[str, int]:
+        if self.fails:
+            raise OSError
         return {peer: self.counts[peer] for peer in peers if peer in self.counts}
 
 
@@ -173,6 +177,20 @@ async def test_framing_and_encryption_do_not_count(watched: Watched) -> None:
     await watched.bring(a=0)
     await watched.bring(a=GUESS + GUESS // 128)
     assert reasons(one) == [None]
+
+
+async def test_a_look_that_fails_is_told_of_once_and_followed_by_others(watched: Watched) -> None:
+    one = Message(Quota(1 << 30), limit=20 * MIB)
+    watched.waiting.append(one)
+    await watched.bring(a=0)
+    watched.sockets.fails = True
+    with structlog.testing.capture_logs() as logs:
+        await watched.bring(a=30 * MIB)
+    watched.sockets.fails = False
+    await watched.bring()
+    await watched.bring()
+    assert reasons(one) == [Reason.TOO_LARGE]
+    assert [line["event"] for line in logs] == ["no look at what comes over gRPC"]
 
 
 async def test_nobody_is_looked_at_when_nothing_is_awaited(watched: Watched) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import socket
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from relay.wires.grpc_sockets import close_listening, count_connections, cut_connections
+from relay.wires.grpc_sockets import Connections, close_listening, count_connections, cut_connections
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture
@@ -100,3 +101,51 @@ def test_a_look_at_the_sockets_leaves_the_locks_of_other_files(stack: ExitStack)
             os._exit(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.fixture
+def no_more_files(stack: ExitStack) -> Iterator[Callable[[], None]]:
+    """Use up all descriptors that this process may have, when called."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def use_up() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        with suppress(OSError):
+            while True:
+                stack.callback(os.close, os.dup(0))
+
+    yield use_up
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_sockets_are_found_when_no_more_files_may_be_opened(
+    stack: ExitStack, no_more_files: Callable[[], None]
+) -> None:
+    mine = listen(stack)
+    client, accepted = connect(stack, mine)
+    client.sendall(b"four")
+    caller = socket.socket()
+    peer = f"ipv4:127.0.0.1:{client.getsockname()[1]}"
+    no_more_files()
+    with caller:
+        assert count_connections(port_of(mine)) == 1
+        assert Connections().brought({peer}) == {peer: 4}
+        close_listening(port_of(mine))
+        with pytest.raises(OSError, match="refused"):
+            caller.connect(mine.getsockname())
+    accepted.settimeout(5)
+    assert accepted.recv(5) == b"four"
+    cut_connections(port_of(mine))
+    assert client.recv(1) == b""
+
+
+def test_a_look_without_a_free_descriptor_keeps_no_socket_open(
+    stack: ExitStack, no_more_files: Callable[[], None]
+) -> None:
+    mine = listen(stack)
+    client, accepted = connect(stack, mine)
+    no_more_files()
+    assert count_connections(port_of(mine)) == 1
+    accepted.close()
+    client.settimeout(5)
+    assert client.recv(1) == b""
