@@ -12,6 +12,7 @@ from relay.commands import certs, exposed, keys, nodes
 from relay.commands.common import UNREACHABLE, Config, read_settings
 from relay.demo.command import demo
 from relay.settings import load
+from relay.settings_unused import idle
 
 app = typer.Typer(
     name="flwr-relay",
@@ -76,6 +77,8 @@ def check(
     keys.check(settings, probe=probe)
     nodes.check(settings)
     exposed.check(settings, config)
+    for line in idle(settings):
+        typer.echo(f"warning: {line}", err=True)
     if not probe:
         return
     upstream = settings.upstream

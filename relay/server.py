@@ -10,7 +10,7 @@ import aiohttp.http_parser
 import structlog
 from gunicorn.app.base import BaseApplication
 
-from relay import listening, logs, open_files, pid_file, takeover
+from relay import listening, logs, open_files, pid_file, settings_unused, takeover
 from relay.master import Master
 from relay.metrics_directory import MetricsDirectory
 from relay.shared import Shared
@@ -105,6 +105,8 @@ class RelayApplication(BaseApplication):  # type: ignore[misc]
             log.error("not started", problem=problem)
         if problems:
             sys.exit(1)
+        for line in settings_unused.idle(self.settings):
+            log.warning("a setting has no effect", setting=line)
         open_files.raise_limit(self.settings)
         Master(self).run()
 

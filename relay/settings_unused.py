@@ -3,6 +3,9 @@
 Only what was written counts, and only if it is another value than the default: a copy of `relay.example.yaml`
 is no mistake. What stands beside the switch of its own section (`enabled`, `mode`) may stay when that is
 switched off, so that it can be switched on again.
+
+What says who may do what is refused. A measure that nothing goes by is only spoken of: many relays may share
+one file, and what is taken out of it by a reload may leave its measures behind.
 """
 
 from collections.abc import Iterator
@@ -29,12 +32,16 @@ _HEALTH = ("interval", "timeout", "failures", "ejection", "max_ejection")
 
 
 def conflicts(settings: "Settings") -> Iterator[Found]:
-    """Yield what was set and has no effect with the rest."""
+    """Yield what was set to say who may do what, and does not with the rest."""
     yield from _auth(settings)
-    yield from _limits(settings)
     yield from _who(settings)
     yield from _signing(settings)
-    yield from _upstream(settings)
+
+
+def idle(settings: "Settings") -> list[str]:
+    """Return a line for each measure that was set and that nothing goes by."""
+    found = (*_limits(settings), *_stores(settings), *_upstream(settings))
+    return [f"{dotted(keys[0])} = {value}: {message}" for keys, value, message in found]
 
 
 def _auth(settings: "Settings") -> Iterator[Found]:
@@ -74,9 +81,6 @@ def _limits(settings: "Settings") -> Iterator[Found]:
 
 def _who(settings: "Settings") -> Iterator[Found]:
     listeners: tuple[Key, ...] = (("listeners",),)
-    if settings.keys.redis is None:
-        why = "keys.redis is not set, and a file is never away"
-        yield from _unused(settings.keys, ("keys",), ("stale",), why, (("keys", "redis"),))
     if not any("node_signature" in names for each in settings.listeners for names in each.auth.accept):
         why = "no listener asks for node_signature in auth.accept"
         names = ("verify", "window", "ahead")
@@ -84,16 +88,22 @@ def _who(settings: "Settings") -> Iterator[Found]:
     if settings.quarantine.file is None:
         why, file = "quarantine.file is not set", ("quarantine", "file")
         yield from _unused(settings.quarantine, ("quarantine",), ("enforce",), why, (file,))
-    inventory = settings.inventory
-    if not inventory.enabled:
-        why, switch = "inventory.enabled is false", ("inventory", "enabled")
-        yield from _unused(inventory, ("inventory",), ("redis",), why, (switch,))
     for index, listener in enumerate(settings.listeners):
         if not any("certificate" in names for names in listener.auth.accept):
             at: Key = ("listeners", index)
             accept: Key = (*at, "auth", "accept")
             why = f"{dotted(accept)} names no certificate"
             yield from _unused(listener, at, ("client_certificate_header",), why, (accept,))
+
+
+def _stores(settings: "Settings") -> Iterator[Found]:
+    if settings.keys.redis is None:
+        why = "keys.redis is not set, and a file is never away"
+        yield from _unused(settings.keys, ("keys",), ("stale",), why, (("keys", "redis"),))
+    inventory = settings.inventory
+    if not inventory.enabled:
+        why, switch = "inventory.enabled is false", ("inventory", "enabled")
+        yield from _unused(inventory, ("inventory",), ("redis",), why, (switch,))
 
 
 def _signing(settings: "Settings") -> Iterator[Found]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from relay.settings import load
+from relay.settings_unused import idle
 from tests.test_settings import load_tree, problems
 
 if TYPE_CHECKING:
@@ -43,6 +44,27 @@ SIGNING_FREE = {"wires": ["rest_v0"], "auth": {"accept": ["api_key"]}}
         ),
         # Whoever writes it believes that it is so.
         ({"listeners": [{"auth": {"enforce": True}}]}, "listeners[0].auth.enforce = true: has no effect"),
+        ({"node_keys": {"verify": "local"}}, "node_keys.verify = local: has no effect, because no listener"),
+        ({"node_keys": {"window": 9}}, "node_keys.window = 9s: has no effect, because no listener asks"),
+        ({"node_keys": {"ahead": 9}}, "node_keys.ahead = 9s: has no effect, because no listener asks"),
+        ({"quarantine": {"enforce": False}}, "quarantine.enforce = false: has no effect, because quarantine"),
+        (
+            {"listeners": [{"client_certificate_header": "Client-Cert", "trusted_proxies": ["10.0.0.0/8"]}]},
+            (
+                "listeners[0].client_certificate_header = Client-Cert: has no effect, because"
+                " listeners[0].auth.accept names no certificate: leave it out"
+            ),
+        ),
+    ],
+)
+def test_what_has_no_effect_is_named_with_the_reason(tmp_path: Path, tree: dict[str, Any], said: str) -> None:
+    [line] = problems(tmp_path, tree)
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
         (
             {"limits": {"max_held": "1MiB"}},
             "limits.max_held = 1MiB: has no effect, because nobody speaks gRPC",
@@ -52,20 +74,9 @@ SIGNING_FREE = {"wires": ["rest_v0"], "auth": {"accept": ["api_key"]}}
             "limits.rate_window = 5s: has no effect, because limits.min_rate is 0: leave it out",
         ),
         ({"keys": {"stale": 0}}, "keys.stale = 0s: has no effect, because keys.redis is not set"),
-        ({"node_keys": {"verify": "local"}}, "node_keys.verify = local: has no effect, because no listener"),
-        ({"node_keys": {"window": 9}}, "node_keys.window = 9s: has no effect, because no listener asks"),
-        ({"node_keys": {"ahead": 9}}, "node_keys.ahead = 9s: has no effect, because no listener asks"),
-        ({"quarantine": {"enforce": False}}, "quarantine.enforce = false: has no effect, because quarantine"),
         (
             {"inventory": {"enabled": False, "redis": "redis://me:s3cret@redis/1"}},
             "inventory.redis = redis://***@redis/1: has no effect, because inventory.enabled is false",
-        ),
-        (
-            {"listeners": [{"client_certificate_header": "Client-Cert", "trusted_proxies": ["10.0.0.0/8"]}]},
-            (
-                "listeners[0].client_certificate_header = Client-Cert: has no effect, because"
-                " listeners[0].auth.accept names no certificate: leave it out"
-            ),
         ),
         (
             {"upstream": {"standby_after": 9}},
@@ -82,18 +93,20 @@ SIGNING_FREE = {"wires": ["rest_v0"], "auth": {"accept": ["api_key"]}}
         ({"upstream": {"wire": "grpc", "shared_state": True}}, "upstream.shared_state = true: has no effect"),
     ],
 )
-def test_what_has_no_effect_is_named_with_the_reason(tmp_path: Path, tree: dict[str, Any], said: str) -> None:
-    [line] = problems(tmp_path, tree)
+def test_a_measure_that_nothing_goes_by_is_taken_and_spoken_of(
+    tmp_path: Path, tree: dict[str, Any], said: str
+) -> None:
+    [line] = idle(load_tree(tmp_path, tree))
     assert line.startswith(said)
     assert "s3cret" not in line
 
 
 def test_bounds_of_http_do_nothing_for_grpc_alone(tmp_path: Path) -> None:
-    lines = problems(tmp_path, {**GRPC, "limits": HTTP_LIMITS})
+    lines = idle(load_tree(tmp_path, {**GRPC, "limits": HTTP_LIMITS}))
     assert [line.partition(" = ")[0] for line in lines] == [f"limits.{name}" for name in HTTP_LIMITS]
     assert all("has no effect, because no listener speaks HTTP; gRPC has bounds" in line for line in lines)
     beside = {"listeners": [*GRPC["listeners"], {"address": ":81", "wires": ["http_v1"]}]}
-    assert load_tree(tmp_path, {**beside, "limits": HTTP_LIMITS}).limits.connections == 9
+    assert idle(load_tree(tmp_path, {**beside, "limits": HTTP_LIMITS})) == []
 
 
 def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) -> None:
@@ -132,14 +145,14 @@ def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) 
     ],
 )
 def test_what_has_an_effect_or_is_the_default_is_taken(tmp_path: Path, tree: dict[str, Any]) -> None:
-    load_tree(tmp_path, tree)
+    assert idle(load_tree(tmp_path, tree)) == []
 
 
 def test_a_file_of_quarantine_or_redis_of_keys_gives_its_keys_an_effect(tmp_path: Path) -> None:
     load_tree(tmp_path, {"quarantine": {"file": str(tmp_path / "list"), "enforce": False}})
     listener = {"auth": {"accept": ["api_key"], "strangers": "drop", "forward": True, "enforce": False}}
     keys = {"redis": "redis://redis/0", "stale": 0}
-    assert load_tree(tmp_path, {"listeners": [listener], "keys": keys}).keys.stale == 0
+    assert idle(load_tree(tmp_path, {"listeners": [listener], "keys": keys})) == []
 
 
 def test_a_variable_is_named_like_a_line_of_the_file() -> None:
