@@ -167,7 +167,7 @@ class Served:
             if self.tls is not None:
                 reset_unfinished_handshakes(sock)  # as the master does
             worker = cast("RelayWorker", SimpleNamespace(loop=self.loop))
-            self._listening.append(await RelayWorker._listen(worker, server, sock, self.tls))
+            self._listening += await RelayWorker._listen(worker, server, sock, self.tls)
             self.servers.append(server)
             self.ports.append(sock.getsockname()[1])
         self._ready.set()

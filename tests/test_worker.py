@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol, cast
 
 import pytest
 import structlog.testing
+import uvloop
 
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.refusal import Reason, Refusal
 from relay.settings import load
-from relay.worker import RelayWorker, drain
+from relay.worker import ACCEPTS, RelayWorker, drain
 from tests.certificates import make_pair
 from tests.served import PATIENCE, Served, echo, request
 from tests.sockets import CutError, Peer, connect
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from relay.app import Relay
     from relay.call import Call
     from relay.settings import Settings
+    from relay.wires.http_server import NodeServer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -387,3 +391,46 @@ async def test_a_worker_that_is_told_to_stop_waits_for_no_file(tmp_path: Path) -
     worker = Telling(os.getppid())
     worker.stop.set()
     assert not await worker._files_are_sound(settings)
+
+
+# -- who comes ----------------------------------------------------------------------------------------
+
+
+class Accepted:
+    """Makes the protocols of a port, and counts who was accepted."""
+
+    def __init__(self) -> None:
+        self.tls: object = None
+        self.count = 0
+
+    def __call__(self) -> asyncio.Protocol:
+        self.count += 1
+        return asyncio.Protocol()
+
+
+def test_those_who_come_at_once_wait_few_turns_of_a_busy_loop() -> None:
+    """An end of the time for its handshake is fatal to a node."""
+    many = 64
+
+    async def turns() -> int:
+        loop = asyncio.get_running_loop()
+        server = Accepted()
+        worker = SimpleNamespace(loop=loop)
+        with socket.create_server(("127.0.0.1", 0), backlog=many) as port:
+            listen = RelayWorker._listen
+            listening = await listen(cast("RelayWorker", worker), cast("NodeServer", server), port, None)
+            assert len(listening) == ACCEPTS
+            come = [socket.create_connection(port.getsockname()) for _ in range(many)]
+            count = 0
+            while server.count < many:
+                await asyncio.sleep(0)
+                count += 1
+                assert count <= many
+            for each in listening:
+                each.close()
+            for one in come:
+                one.close()
+            return count
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(turns()) <= many / ACCEPTS + 3
