@@ -67,7 +67,8 @@ BODY = push(SECRETS["payload"])
 
 def forms(secret: bytes) -> set[bytes]:
     """Return the ways in which a secret may have been written down."""
-    found = {secret, secret.hex().encode(), quote(secret).encode(), secret[::-1]}
+    found = {secret, secret.hex().encode(), secret.hex().upper().encode(), secret[::-1]}
+    found |= {quote(secret).encode(), "".join(f"%{byte:02X}" for byte in secret).encode()}
     for lead in range(3):  # base64 of a text that it is a part of
         coded = base64.b64encode(bytes(lead) + secret)
         found.add(coded[4 if lead else 0 : len(coded) // 4 * 4 - 4])
