@@ -21,6 +21,7 @@ from aiohttp import web
 from gunicorn.workers.base import Worker
 
 from relay import tls, tls_files
+from relay.chores import Chores
 from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
 
@@ -136,7 +137,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
             self._drain_grpc(grpc_servers, settings.drain.timeout),
         )
         beating.cancel()
-        relay.tick()
+        Chores().do("tick", relay.tick)
         await relay.close()
         await admin_site.stop()
         # A health check that was accepted meanwhile is still answered.
@@ -208,19 +209,24 @@ class RelayWorker(Worker):  # type: ignore[misc]
         self, relay: Relay, servers: Sequence[NodeServer] = (), grpc_servers: Sequence[GrpcServer] = ()
     ) -> None:
         """Once a second tell the master that this worker is alive, until it has drained; stop without one."""
-        while True:
-            self.notify()
-            relay.tick()
-            for server in servers:
-                server.check_certificates()
-            for each in grpc_servers:
-                await each.tick()
-                if self.shared.stopping:
-                    each.not_ready()
-            if self.ppid != os.getppid() and not self.stop.is_set():
-                log.warning("the master is gone; stopping", pid=os.getpid())
-                self.stop.set()
-            await asyncio.sleep(1.0)
+        chores = Chores()
+        try:
+            while True:
+                # A worker that does not tell is shot: this comes first, and waits for nothing.
+                chores.do("notify", self.notify)
+                chores.do("tick", relay.tick)
+                for server in servers:
+                    chores.do("certificates", server.check_certificates)
+                for number, each in enumerate(grpc_servers):
+                    chores.start(f"messages {number}", each.tick)
+                    if self.shared.stopping:
+                        chores.do("health", each.not_ready)
+                if self.ppid != os.getppid() and not self.stop.is_set():
+                    log.warning("the master is gone; stopping", pid=os.getpid())
+                    self.stop.set()
+                await asyncio.sleep(1.0)
+        finally:
+            chores.stop()
 
 
 def _unreadable(path: Path | None) -> str | None:
