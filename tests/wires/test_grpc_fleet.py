@@ -181,6 +181,30 @@ async def test_a_head_beyond_the_limits_is_refused_as_over_http(
     assert (await served.node.ask(Method.PUSH_OBJECT, REQUEST, metadata)).code == "OK"
 
 
+async def test_an_answer_of_unknown_length_takes_its_share_as_it_comes(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    seen: list[int] = []
+
+    class Pieces:
+        async def read(self) -> bytes:
+            seen.append(served.held.held)
+            return b"x" * (1 << 20) if len(seen) <= 20 else b""
+
+        def close(self) -> None:
+            pass
+
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=Pieces()), Source.UPSTREAM)
+
+    served = await serve(answer)
+    assert len((await served.node.ask(Method.PULL_OBJECT, REQUEST)).data) == 20 << 20
+    assert seen[0] == GUESS
+    assert seen[-1] >= 20 << 20
+    await served.ending()
+    assert served.held.held == 0
+
+
 @pytest.mark.parametrize("status", [200, 403])
 async def test_a_long_head_of_an_answer_ends_no_node(
     serve: Callable[..., Awaitable[Served]], status: int
