@@ -120,6 +120,7 @@ class GrpcServer:
             self.port: int = self._server.add_insecure_port(address)
         else:
             self.port = self._server.add_secure_port(address, credentials)
+        self._place = grpc_sockets.Place.of(address, self.port)
 
     async def start(self) -> None:
         """Listen."""
@@ -140,18 +141,18 @@ class GrpcServer:
         them: those that have said nothing are cut soon, and all when they should have left.
         """
         self._health.close()
-        grpc_sockets.close_listening(self.port)
+        grpc_sockets.close_listening(self._place)
         loop = asyncio.get_running_loop()
         began = loop.time()
         end, silent, idle = began + timeout, began + _SILENT, began + self._leave_by
-        while grpc_sockets.count_connections(self.port) or self.front.left:
+        while grpc_sockets.count_connections(self._place) or self.front.left:
             now = loop.time()
             if now >= end or (now >= idle and not self._calls()):
                 self._cut(timeout)
                 break
             if now >= silent:
                 silent = end
-                grpc_sockets.cut_connections(self.port, _PREFACE)
+                grpc_sockets.cut_connections(self._place, _PREFACE)
             await asyncio.sleep(min(_LOOK, max(end - now, 0.0)))
         await self._server.stop(_TO_SETTLE)
 
@@ -168,4 +169,4 @@ class GrpcServer:
             log.warning("drain timed out; calls are cut", calls=self.front.in_flight, seconds=timeout)
         for task in list(self.front.left):
             task.cancel()
-        grpc_sockets.cut_connections(self.port)
+        grpc_sockets.cut_connections(self._place)

@@ -15,12 +15,13 @@ import stat
 import struct
 import threading
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
 _FILES = "/proc/self/fd"
+_ANY = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 #: `tcpi_bytes_received` in Linux's `struct tcp_info` (include/uapi/linux/tcp.h), since Linux 4.1.
 _BROUGHT = struct.Struct("=128xQ")
@@ -31,34 +32,64 @@ _SPARE = os.open(os.devnull, os.O_RDONLY)
 _spare_is_free = threading.Lock()
 
 
-def close_listening(port: int) -> None:
-    """Have the sockets that listen on `port` accept nothing more; gRPC then gives them up by itself."""
+class Place(NamedTuple):
+    """Where a listener is. Another one may have the same port at another address.
+
+    Attributes:
+        hosts: its addresses as numbers; None if they are not known, and any may be its own.
+        port: of all.
+    """
+
+    hosts: frozenset[str] | None
+    port: int
+
+    @classmethod
+    def of(cls, address: str, port: int) -> Place:
+        """Return the place of what listens on `address`, which is `host:port`, and got `port` there."""
+        host = address.rpartition(":")[0].strip("[]")
+        try:
+            found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        except OSError:
+            return cls(None, port)
+        hosts = frozenset(_plain(each) for each in found)
+        # gRPC listens on all of IPv6, too, when it is told to listen on all of IPv4.
+        return cls(hosts if hosts.isdisjoint(_ANY) else _ANY, port)
+
+    def has(self, at: tuple[Any, ...], *, listening: bool) -> bool:
+        """Return whether a socket that is bound to `at` may be of this listener."""
+        if at[1] != self.port:
+            return False
+        return self.hosts is None or _plain(at[0]) in self.hosts or (not listening and self.hosts is _ANY)
+
+
+def close_listening(place: Place) -> None:
+    """Have the sockets that listen there accept nothing more; gRPC then gives them up by itself."""
     for number in _numbers():
         with _inspected(number) as found:
-            if found is not None and _is_at(found, port, listening=True):
+            if found is not None and _is_at(found, place, listening=True):
                 with suppress(OSError):
                     found.shutdown(socket.SHUT_RDWR)
 
 
-def cut_connections(port: int, below: float = math.inf) -> None:
-    """End the connections that came to `port` if they have brought less than `below` bytes.
+def cut_connections(place: Place, below: float = math.inf) -> None:
+    """End the connections that came there if they have brought less than `below` bytes.
 
     Their calls fail with UNAVAILABLE, which nodes survive.
     """
     for number in _numbers():
         with _inspected(number) as found:
-            if found is not None and _is_at(found, port, listening=False):
+            if found is not None and _is_at(found, place, listening=False):
                 with suppress(OSError, struct.error):
                     if below == math.inf or _brought(found) < below:
                         found.shutdown(socket.SHUT_RDWR)
 
 
-def count_connections(port: int) -> int:
-    """Return how many connections that came to `port` are open."""
+def count_connections(place: Place) -> int:
+    """Return how many connections that came there are open."""
     count = 0
     for number in _numbers():
         with _inspected(number) as found:
-            count += found is not None and _is_at(found, port, listening=False)
+            count += found is not None and _is_at(found, place, listening=False)
     return count
 
 
@@ -127,8 +158,13 @@ def _peer(connection: socket.socket) -> str | None:
 
 def _words(peer: tuple[Any, ...]) -> str:
     """Return a peer as gRPC's contexts call it."""
-    host, port = str(peer[0]).removeprefix("::ffff:"), peer[1]
+    host, port = _plain(peer[0]), peer[1]
     return f"ipv6:%5B{host.replace('%', '%25')}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
+def _plain(host: str) -> str:
+    """Return an address of IPv4 as such: gRPC has sockets of IPv6 for both."""
+    return host.removeprefix("::ffff:")
 
 
 def _numbers() -> Iterable[int]:
@@ -180,11 +216,11 @@ def _copy(number: int) -> int | None:
         return None
 
 
-def _is_at(found: socket.socket, port: int, *, listening: bool) -> bool:
+def _is_at(found: socket.socket, place: Place, *, listening: bool) -> bool:
     if found.family not in _FAMILIES or found.type != socket.SOCK_STREAM:
         return False
     try:
-        if found.getsockname()[1] != port:
+        if not place.has(found.getsockname(), listening=listening):
             return False
         if listening:
             return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -70,13 +70,14 @@ async def serve(
     stack: AsyncExitStack,
     handler: Handler,
     *,
+    host: str = "127.0.0.1",
     port: int = 0,
     age: float = 30.0,
     credentials: grpc.ServerCredentials | None = None,
 ) -> GrpcServer:
     server = GrpcServer(
         front(handler, tls=credentials is not None),
-        f"127.0.0.1:{port}",
+        f"{host}:{port}",
         max_body=1 << 20,
         keepalive=75.0,
         age=age,
@@ -167,6 +168,25 @@ async def test_a_drain_waits_for_calls_however_old_their_connection_is(stack: As
     assert not drained.done()
     handler.go.set()
     assert (await asking).data == b"answer"
+    async with asyncio.timeout(10):
+        await drained
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "[::]"])
+async def test_a_drain_finds_its_own_sockets_wherever_it_listens(stack: AsyncExitStack, host: str) -> None:
+    handler = Slow()
+    server = await serve(stack, handler, host=host)
+    node = await stack.enter_async_context(GrpcNode(server.port))
+    late = await stack.enter_async_context(GrpcNode(server.port))
+    asking = asyncio.ensure_future(node.ask(Method.PUSH_OBJECT, b"x"))
+    await handler.came.wait()
+    drained = asyncio.ensure_future(server.drain(20.0))
+    await asyncio.sleep(0.3)
+    assert not drained.done()
+    assert (await late.ask(Method.PULL_MESSAGES)).code == "UNAVAILABLE"
+    handler.go.set()
+    assert (await asking).data == b"answer"
+    await node.channel.close()
     async with asyncio.timeout(10):
         await drained
 
