@@ -87,6 +87,8 @@ class Quota:
         except BaseException:
             if turn.done() and not turn.cancelled():
                 self.held -= more
+                if self.outgrown is share and (not share.size or self.held <= self.limit):
+                    self.outgrown = None
             else:
                 with suppress(ValueError):
                     self._growing.remove(waits)
@@ -178,6 +180,6 @@ class Share:
 
     def give(self) -> None:
         """Give it back; harmless when repeated."""
-        if self.size:
+        if self.size or self.outgrown:
             self._quota.end(self)
             self.size = 0

@@ -149,6 +149,38 @@ async def test_one_that_gives_up_growing_keeps_what_it_has() -> None:
     assert quota.held == 0
 
 
+@pytest.mark.parametrize("begun", [0, 1])
+async def test_one_that_gives_up_as_its_turn_to_outgrow_comes_leaves_that_to_others(begun: int) -> None:
+    quota = Quota(10)
+    one, two, three, last = await share(quota, 4), await share(quota, 4), Share(quota), Share(quota)
+    assert one.grow_at_once(12)
+    if begun:
+        three.settle(begun)
+    growing = asyncio.create_task(three.grow(20))
+    await asyncio.sleep(0)
+    two.give()
+    one.give()  # its turn comes
+    assert quota.outgrown is three
+    growing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await growing
+    assert quota.outgrown is None
+    assert last.grow_at_once(11)
+    last.give()
+    three.give()
+    assert (quota.held, quota.outgrown) == (0, None)
+
+
+async def test_who_gives_its_share_back_never_keeps_the_right_to_outgrow() -> None:
+    quota = Quota(10)
+    one, two = await share(quota, 4), Share(quota)
+    assert one.grow_at_once(12)
+    one.settle(0)
+    one.give()
+    assert quota.outgrown is None
+    assert two.grow_at_once(11)
+
+
 async def test_one_that_gives_up_waiting_lets_the_next_one_in() -> None:
     quota = Quota(10)
     await quota.take(8)
