@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -19,18 +20,43 @@ import psutil
 import yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
 START_SECONDS = 20.0
 
 
+#: Below the ports that Linux gives out by itself: none is taken by a connection, or by a listener on port 0,
+#: between its choice and its use. gRPC would share a port that is taken instead of failing.
+_PORTS = range(12_000, 32_000)
+#: So many of them belong to one process.
+_BLOCK = 400
+
+
+def _own_ports() -> Iterator[int]:
+    """Yield ports that no other process gets here, in a circle."""
+    lock = socket.socket(socket.AF_UNIX)  # the kernel lets go of its name when this process has ended
+    for first in range(_PORTS.start, _PORTS.stop, _BLOCK):
+        try:
+            lock.bind(f"\0flwr-relay-tests-{first}")
+        except OSError:
+            continue
+        while True:
+            yield from range(first, first + _BLOCK)
+    raise RuntimeError("all ports are taken by other test runs")
+
+
+_ports = _own_ports()
+
+
 def free_port() -> int:
     """Return a loopback port on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    for port in itertools.islice(_ports, _BLOCK):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("none of the ports of this process is free")
 
 
 class RelayProcess:
@@ -82,8 +108,10 @@ class RelayProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def write(self) -> None:
-        """Write the configuration file."""
-        self.config.write_text(yaml.safe_dump(self.settings))
+        """Write the configuration file, which a relay that reads it meanwhile finds whole."""
+        written = self.config.with_suffix(".written")
+        written.write_text(yaml.safe_dump(self.settings))
+        written.replace(self.config)
 
     def start(self, *, ready: bool = True) -> Self:
         """Start it; wait until every worker serves, if `ready`."""

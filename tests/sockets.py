@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from relay.call import Metadata
 
 #: Longest wait for anything that should happen at once: a test that waits for nothing fails after this.
-PATIENCE = 5.0
+PATIENCE = 10.0
 #: What this end holds of what it was sent and nobody reads; small, so that back-pressure is felt early.
 READ_LIMIT = 16 * 1024
 
