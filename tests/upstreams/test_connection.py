@@ -405,10 +405,10 @@ async def test_an_informational_answer_does_not_stretch_the_time(dial: Dial, ups
 async def test_a_body_that_stalls_is_given_up_and_one_that_trickles_is_not(
     dial: Dial, upstream: Listener
 ) -> None:
-    watched = await dial(idle_timeout=0.4)
+    watched = await dial(idle_timeout=1.5)
     peer = await answered(watched, upstream, response(b"", size=10))
     for _ in range(5):
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.4)
         peer.send(b"x")
         assert await watched.connection.read() == b"x"
     with pytest.raises(Refusal) as caught:
@@ -430,7 +430,7 @@ async def test_an_upstream_that_takes_an_upload_slowly_is_not_given_up(
     dial: Dial, upstream: Listener
 ) -> None:
     """256 uploads over one thin line are 256 slow ones."""
-    watched = await dial(idle_timeout=0.5)
+    watched = await dial(idle_timeout=1.0)
     size = 3 * MIB
     head = HEAD + b"content-length: %d\r\n\r\n" % size
     pieces = [b"x" * 65536] * (size // 65536)
@@ -440,9 +440,9 @@ async def test_an_upstream_that_takes_an_upload_slowly_is_not_given_up(
     peer = await upstream.accept()
     await peer.head()
     taken = 0
-    while taken < size // 2:  # 64 KiB in 80 ms: from high to low water takes 1 s
+    while taken < size // 2:  # 64 KiB in 160 ms: from high to low water takes 2 s
         taken += len(await peer.exactly(65536))
-        await asyncio.sleep(0.08)
+        await asyncio.sleep(0.16)
     assert not exchange.done()
     await peer.exactly(size - taken)
     peer.send(response())

@@ -485,19 +485,17 @@ async def test_statuses_that_mean_something_are_passed_on_with_their_body(
 
 
 @pytest.mark.parametrize(
-    ("method", "shortest"), [(Method.SEND_NODE_HEARTBEAT, True), (Method.PULL_MESSAGES, False)]
+    ("method", "seconds"), [(Method.SEND_NODE_HEARTBEAT, "0.05"), (Method.PULL_MESSAGES, "0.2")]
 )
 async def test_a_heartbeat_has_a_time_of_its_own(
-    make_pool: MakePool, upstream: Listener, make_call: MakeCall, method: Method, shortest: bool
+    make_pool: MakePool, upstream: Listener, make_call: MakeCall, method: Method, seconds: str
 ) -> None:
-    handler = http_v1.upstream(make_pool(), Timeouts(response=1.0, heartbeat=0.05))
-    started = time.monotonic()
+    handler = http_v1.upstream(make_pool(), Timeouts(response=0.2, heartbeat=0.05))
     with pytest.raises(Refusal) as caught:
         await handler(make_call(method))
     assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
     assert caught.value.sent
-    passed = time.monotonic() - started
-    assert (passed < 0.95) is shortest
+    assert caught.value.detail.endswith(f" for {seconds} s")
 
 
 async def test_a_call_is_given_up_at_its_deadline(link: Link, make_call: MakeCall) -> None:
@@ -515,7 +513,7 @@ async def test_head_and_body_have_one_deadline(
 ) -> None:
     """Each piece comes in time, the whole does not: the place in the queue is given back, the node told."""
     started = time.monotonic()
-    task, peer, _ = await link.asked(make_call(method, deadline=started + 0.3))
+    task, peer, _ = await link.asked(make_call(method, deadline=started + 1.0))
     await asyncio.sleep(0.15)
     peer.send(response(b"\x08", size=2000) if sized else chunked(b"\x08", last=b""))
     await asyncio.sleep(0.1)
@@ -524,7 +522,7 @@ async def test_head_and_body_have_one_deadline(
         await task
     assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
     assert caught.value.sent
-    assert 0.28 < time.monotonic() - started < PATIENCE - 1
+    assert 0.98 < time.monotonic() - started < PATIENCE - 1
     await until(lambda: link.pool.state()["connections"] == 0)
 
 

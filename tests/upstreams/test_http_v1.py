@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from relay.upstreams.pool import Pool
     from tests.sockets import Listener
 
-pytestmark = pytest.mark.timeout(10)
+pytestmark = pytest.mark.timeout(30)
 
 
 @pytest.mark.parametrize(
