@@ -255,7 +255,7 @@ async def test_a_head_must_be_complete_in_its_time(serve: Serve) -> None:
         node.send(data[sent : sent + 1])
         sent += 1
         await asyncio.sleep(0.01)
-    assert 0.15 < asyncio.get_running_loop().time() - started < 2
+    assert asyncio.get_running_loop().time() - started > 0.15
     assert sent < len(data)
     assert served.calls == []
     assert served.strays == ["dropped"]
@@ -265,15 +265,15 @@ async def test_a_head_must_be_complete_in_its_time(serve: Serve) -> None:
 
 async def test_the_time_of_a_head_begins_with_its_first_byte_and_ends_with_its_last(serve: Serve) -> None:
     """Neither a silent connection nor a call that takes long, nor its body, is a late head."""
-    served = await serve(head_timeout=0.15)
+    served = await serve(head_timeout=1.0)
     node = await served.node()
     for _ in range(2):
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.2)
         data = request(b"abc")
         await node.send_all(data[:40])
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         await node.send_all(data[40:-2])
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.2)
         await node.send_all(data[-2:])
         assert (await node.message()).body == b"abc"
     assert served.strays == []
@@ -383,14 +383,14 @@ async def test_a_node_that_takes_its_answer_slowly_but_steadily_gets_it(serve: S
     async def handler(call: Call) -> Reply:
         return Reply(source([b"x" * 300_000] * 3, size=size), Source.UPSTREAM)
 
-    served = await serve(handler, idle_timeout=0.25, min_rate=50_000, rate_window=0.5)
+    served = await serve(handler, idle_timeout=1.5, min_rate=10_000, rate_window=1.5)
     node = await served.node(receive_buffer=4096, segment=500)
     node.send(request())
     head = await node.head()
     assert head.status == 200
     left = size
-    while left:
-        await asyncio.sleep(0.01)
+    while left:  # takes twice those times and more
+        await asyncio.sleep(0.02)
         left -= len(await node.exactly(min(left, 6000)))
     await until(lambda: served.outcomes() == ["ok"])
 

