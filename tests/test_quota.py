@@ -160,7 +160,7 @@ async def test_one_that_gives_up_as_its_turn_to_outgrow_comes_leaves_that_to_oth
     await asyncio.sleep(0)
     two.give()
     one.give()  # its turn comes
-    assert quota.outgrown is three
+    assert three.outgrown
     growing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await growing
