@@ -152,8 +152,8 @@ def test_a_reader_that_is_gone_costs_lines_and_nothing_else(pipe: Pipe) -> None:
     for _ in range(3):
         writer.put("x")
     begun = time.monotonic()
-    writer.flush()
-    assert time.monotonic() - begun < 1.0
+    writer.flush(20.0)
+    assert time.monotonic() - begun < 15.0
     assert writer.dropped == 3
 
 

