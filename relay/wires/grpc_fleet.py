@@ -328,6 +328,7 @@ class GrpcFront:
                 taken.get(b"x-forwarded-host", b""),
             )
         sender = context.peer()
+        self.messages.arrivals.head(sender, size)
         direct = _address(sender)
         peer, way = self._forwarding.resolve(direct, b"", claims, tls=self._tls)
         shown = taken.get(self._forwarding.certificate_header, b"")

@@ -135,7 +135,8 @@ class Incoming:
         started = self.started = time.monotonic()
         messages = self._messages
         if self.waits:
-            await self._rpc.take(messages.expected.pop(self.peer.rpartition(":")[0], GUESS))
+            with messages.arrivals.unasked(self.peer):
+                await self._rpc.take(messages.expected.pop(self.peer.rpartition(":")[0], GUESS))
         task = self._task = asyncio.current_task()
         messages.waiting.add(self)
         messages.arrivals.watch(messages.waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ import structlog.testing
 from relay.quota import GUESS, STEP, Quota, Share
 from relay.refusal import Reason, Refusal
 from relay.wires import grpc_arrivals
-from relay.wires.grpc_arrivals import SLACK, Arrivals
+from relay.wires.grpc_arrivals import SLACK, UNASKED, Arrivals
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -77,11 +78,13 @@ class Watched:
         self.arrivals._sockets = self.sockets  # type: ignore[assignment]
 
     async def bring(self, **counts: int) -> None:
-        """Have connections bring so many bytes more, and wait for a look at that."""
+        """Have connections bring so many bytes more, and have that looked at."""
         self.arrivals.watch(self.waiting)
         for peer, count in counts.items():
             self.sockets.counts[peer] = self.sockets.counts.get(peer, 0) + count
-        await asyncio.sleep(0.005)
+        assert self.arrivals._timer is not None
+        self.arrivals._timer.cancel()
+        self.arrivals._look()
 
 
 @pytest.fixture
@@ -179,6 +182,66 @@ async def test_framing_and_encryption_do_not_count(watched: Watched) -> None:
     assert reasons(one) == [None]
 
 
+async def test_heads_of_other_calls_are_no_growth(watched: Watched) -> None:
+    one = Message(Quota(1 << 30))
+    watched.waiting.append(one)
+    await watched.bring(a=0)
+    for _ in range(20):
+        for _ in range(2000):
+            watched.arrivals.head("a", 600)
+        await watched.bring(a=2000 * 650)
+    assert one.share.size == GUESS
+    assert reasons(one) == [None]
+
+
+async def test_heads_that_came_as_less_do_not_hide_a_message_for_ever(watched: Watched) -> None:
+    one = Message(Quota(1 << 30), limit=20 * MIB)
+    watched.waiting.append(one)
+    await watched.bring(a=0)
+    for _ in range(50_000):
+        watched.arrivals.head("a", 8000)
+    await watched.bring(a=MIB)
+    await watched.bring(a=30 * MIB)
+    await watched.bring()
+    assert reasons(one) != [None]
+
+
+async def test_a_small_message_that_is_not_alone_is_put_off_and_not_lost(watched: Watched) -> None:
+    quota = Quota(1 << 30)
+    messages = [Message(quota, peer, limit=4096) for peer in ("a", "a", "b", "c")]
+    watched.waiting += messages
+    await watched.bring(a=0, b=0, c=0)
+    watched.arrivals.head("b", 300)
+    with watched.arrivals.unasked("c"):
+        await watched.bring(a=2 * SLACK, b=2 * SLACK, c=2 * SLACK)
+    assert reasons(*messages) == [Reason.OVERLOADED] * 4
+    assert [each.expected for each in messages] == [0] * 4
+
+
+async def test_what_comes_beside_a_message_does_not_make_it_too_large(watched: Watched) -> None:
+    quota = Quota(1 << 30)
+    one, two = Message(quota, limit=9 * MIB), Message(quota, limit=4096)
+    watched.waiting += [one, two]
+    await watched.bring(a=0)
+    await watched.bring(a=12 * MIB)
+    await watched.bring()
+    assert reasons(one, two) == [Reason.OVERLOADED] * 2
+
+
+async def test_what_gives_no_share_yet_has_room_for_what_grpc_takes_of_it(watched: Watched) -> None:
+    one = Message(Quota(1 << 30), limit=4096)
+    watched.waiting.append(one)
+    await watched.bring(a=0)
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(watched.arrivals.unasked("a"))
+        await watched.bring(a=8 * UNASKED + SLACK // 2)
+        assert reasons(one) == [None]
+    assert not watched.arrivals._unasked
+    await watched.bring()
+    assert reasons(one) != [None]
+
+
 async def test_a_look_that_fails_is_told_of_once_and_followed_by_others(watched: Watched) -> None:
     one = Message(Quota(1 << 30), limit=20 * MIB)
     watched.waiting.append(one)
@@ -199,7 +262,7 @@ async def test_nobody_is_looked_at_when_nothing_is_awaited(watched: Watched) -> 
     watched.waiting.append(one)
     await watched.bring(a=MIB)
     watched.waiting.clear()
-    await watched.bring()
-    await asyncio.sleep(0.005)
-    assert watched.arrivals._timer is None
+    async with asyncio.timeout(10):
+        while watched.arrivals._timer is not None:
+            await asyncio.sleep(0.001)
     assert not watched.arrivals._known

@@ -229,15 +229,14 @@ async def test_a_message_that_comes_slower_than_it_must_is_given_up(serve: Serve
 
 
 async def test_a_message_that_takes_long_and_keeps_to_the_rate_is_waited_for(serve: Serve) -> None:
-    served = await serve(length, idle_timeout=0.3, min_rate=20_000, rate_window=0.6)
+    served = await serve(length, idle_timeout=1.0, min_rate=20_000, rate_window=1.0)
     async with Line(served.server.port, 400_000) as line, GrpcNode(line.port) as node:
         push = asyncio.ensure_future(node.ask(Method.PUSH_OBJECT, b"x" * 800_000, timeout=None))
         await served.until(push.done, ticks=True)
         assert (await push).data == b"800000"
     call = served.calls[0]
-    assert time.monotonic() - call.started > 1.0
-    left = call.deadline - time.monotonic()
-    assert 0.95 * 180 - 0.5 < left < 0.95 * 180, "a node's patience begins when it has sent its call"
+    assert call.deadline - call.started > 1.5 + 0.95 * 180, "patience begins when the call was sent"
+    assert call.deadline - time.monotonic() < 0.95 * 180
 
 
 async def test_the_traffic_of_one_message_is_not_that_of_another(serve: Serve) -> None:
@@ -245,12 +244,13 @@ async def test_the_traffic_of_one_message_is_not_that_of_another(serve: Serve) -
     served = await serve(length, idle_timeout=0.3, min_rate=100_000, rate_window=0.6)
     async with Line(served.server.port, 400_000) as line, GrpcNode(line.port) as node:
         silent = [await silent_push(node) for _ in range(20)]
-        push = asyncio.ensure_future(node.ask(Method.PUSH_OBJECT, b"x" * 800_000, timeout=None))
+        push = asyncio.ensure_future(node.ask(Method.PUSH_OBJECT, b"x" * 8_000_000, timeout=None))
         await served.until(lambda: len(served.ended) >= 20, ticks=True)
-        assert line.carried < 800_000, "it still moved"
+        assert line.carried < 8_000_000, "it still moved"
         for call in silent:
             call.cancel()
-        await push
+        push.cancel()
+        await asyncio.gather(push, return_exceptions=True)
 
 
 @pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.SEND_NODE_HEARTBEAT])
@@ -268,11 +268,32 @@ async def test_a_small_message_that_is_long_is_refused_before_it_is_here(serve: 
     served = await serve(length, max_body=1 << 30)
     limits = replace(served.front.messages.limits, bodies=dict.fromkeys(Method, 10_000))
     served.front.messages.limits = limits
-    async with Line(served.server.port, 8e6) as line, GrpcNode(line.port) as node:
+    async with Line(served.server.port, 2e6) as line, GrpcNode(line.port) as node:
         answer = await node.ask(Method.SEND_NODE_HEARTBEAT, b"x" * 12_000_000)
         assert answer.code == "UNAVAILABLE"
         assert (await served.ending()).outcome == "too_large"
         assert line.carried < 6_000_000
+
+
+async def test_heads_of_other_calls_do_not_refuse_a_message(serve: Serve) -> None:
+    served = await serve(length)
+    limits = replace(served.front.messages.limits, bodies=dict.fromkeys(Method, 10_000))
+    served.front.messages.limits = limits
+    waiting = served.node.channel.stream_unary(Method.SEND_NODE_HEARTBEAT.grpc)()
+    await waiting.wait_for_connection()
+    await served.until(lambda: len(served.front.messages.arrivals._known) == 1)
+    for number in range(20):
+        await asyncio.gather(
+            *(
+                served.node.ask(Method.PULL_MESSAGES, metadata=[("x-some", f"{number}{i}" * 400)])
+                for i in range(50)
+            )
+        )
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    await waiting.write(b"four")
+    await waiting.done_writing()
+    assert await waiting == b"4"
 
 
 async def test_what_was_put_off_takes_what_it_needs_when_it_comes_again(serve: Serve) -> None:
