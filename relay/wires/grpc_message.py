@@ -13,6 +13,7 @@ so is whether it keeps to its share (`grpc_arrivals`).
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 SMALL = 64 * 1024
 #: Seconds in which gRPC tells that a node has left; that there is no message it tells before.
 _TO_HEAR = 0.1
-#: Addresses whose next message is known to be long.
+#: Addresses whose next message is known to be long, and seconds for which that is believed: nodes try again
+#: sooner, and a push session lives for 180.
 _MOST_EXPECTED = 1024
+_EXPECTED_SECONDS = 180.0
 
 
 class Message(Payload):
@@ -136,7 +139,7 @@ class Incoming:
         messages = self._messages
         if self.waits:
             with messages.arrivals.unasked(self.peer):
-                await self._rpc.take(messages.expected.pop(self.peer.rpartition(":")[0], GUESS))
+                await self._rpc.take(messages.expected.take(self.peer.rpartition(":")[0]))
         task = self._task = asyncio.current_task()
         messages.waiting.add(self)
         messages.arrivals.watch(messages.waiting)
@@ -223,9 +226,31 @@ class Incoming:
 
     def expect(self, size: int) -> None:
         """Have the next message from this address take so much before it is received."""
-        expected = self._messages.expected
-        if len(expected) < _MOST_EXPECTED:
-            expected[self.peer.rpartition(":")[0]] = min(size, self.limit)
+        self._messages.expected.put(self.peer.rpartition(":")[0], min(size, self.limit))
+
+
+class Expected:
+    """What the next messages from some addresses take of the quota."""
+
+    def __init__(self) -> None:
+        """Expect nothing of anybody."""
+        self._sizes: dict[str, tuple[float, int]] = {}
+
+    def put(self, address: str, size: int) -> None:
+        """Expect so many bytes from there for a while. Who was put off longest ago makes room."""
+        sizes, now = self._sizes, time.monotonic()
+        sizes.pop(address, None)
+        while sizes:
+            oldest, (since, _) = next(iter(sizes.items()))
+            if len(sizes) < _MOST_EXPECTED and now - since < _EXPECTED_SECONDS:
+                break
+            del sizes[oldest]
+        sizes[address] = now, size
+
+    def take(self, address: str) -> int:
+        """Return what is expected from there, once; what most messages need if nothing is."""
+        since, size = self._sizes.pop(address, (-math.inf, GUESS))
+        return size if time.monotonic() - since < _EXPECTED_SECONDS else GUESS
 
 
 class Messages:
@@ -245,7 +270,7 @@ class Messages:
         self.idle_timeout = idle_timeout
         self.waiting: set[Incoming] = set()
         self.arrivals = Arrivals()
-        self.expected: dict[str, int] = {}
+        self.expected = Expected()
 
     async def tick(self) -> None:
         """Give up those that come too slowly; to be called once a second."""

@@ -18,7 +18,7 @@ from relay.fleet import Method
 from relay.quota import GUESS
 from relay.refusal import Reason, Refusal
 from relay.wires import grpc_adapter
-from relay.wires.grpc_message import Message
+from relay.wires.grpc_message import Expected, Message
 from tests.grpc_ends import GrpcNode
 from tests.grpc_served import Line, Served, serve_grpc
 
@@ -296,9 +296,29 @@ async def test_heads_of_other_calls_do_not_refuse_a_message(serve: Serve) -> Non
     assert await waiting == b"4"
 
 
+def test_what_is_expected_is_taken_once() -> None:
+    expected = Expected()
+    expected.put("a", 1)
+    expected.put("a", 2)
+    assert [expected.take("a"), expected.take("a")] == [2, GUESS]
+
+
+def test_those_who_do_not_come_again_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Expected()
+    for number in range(3000):
+        expected.put(str(number), number)
+    assert len(expected._sizes) == 1024
+    assert [expected.take("2999"), expected.take("0")] == [2999, GUESS]
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 200.0)
+    assert expected.take("2998") == GUESS, "long ago"
+    expected.put("a", 7)
+    assert list(expected._sizes) == ["a"]
+
+
 async def test_what_was_put_off_takes_what_it_needs_when_it_comes_again(serve: Serve) -> None:
     served = await serve(length)
-    served.front.messages.expected["ipv4:127.0.0.1"] = GUESS + 1
+    served.front.messages.expected.put("ipv4:127.0.0.1", GUESS + 1)
     push = await silent_push(served.node)
     await served.until(lambda: served.held.held == GUESS + 1)
     push.cancel()
