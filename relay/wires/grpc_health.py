@@ -9,6 +9,7 @@ Source: https://github.com/grpc/grpc/blob/master/doc/health-checking.md
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import grpc
@@ -24,8 +25,9 @@ NOT_SERVING = b"\x08\x02"
 class Health(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Says whether calls are welcome. Must be made inside the running loop."""
 
-    def __init__(self) -> None:
-        """Begin with SERVING."""
+    def __init__(self, watch_seconds: float) -> None:
+        """Begin with SERVING; end each watch after so many seconds, or nobody's connection could."""
+        self._watch_seconds = watch_seconds
         self._status = SERVING
         self._news = asyncio.Event()
         self._closed = asyncio.Event()
@@ -55,8 +57,15 @@ class Health(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _watch(self, _: AsyncIterator[bytes], __: object) -> AsyncIterator[bytes]:
         """Tell the status, and the next one when it comes."""
+        end = asyncio.get_running_loop().time() + self._watch_seconds
         yield (told := self._status)
-        await self._news.wait()
+        await _wait(self._news, end)
         if self._status != told:
             yield self._status
-        await self._closed.wait()
+        await _wait(self._closed, end)
+
+
+async def _wait(event: asyncio.Event, end: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout_at(end):
+            await event.wait()

@@ -112,7 +112,7 @@ class GrpcServer:
         self._leave_by = age * _JITTER + _TO_SETTLE
         grpc_tasks.install(asyncio.get_running_loop())
         grpc_paths.install()
-        self._health = Health()
+        self._health = Health(age * _JITTER)  # by then its client was told to leave
         self._server = aio.server(options=options(max_body, front.messages.limits.head_size, keepalive, age))
         # The front comes last: it counts what is asked for and none of ours.
         self._server.add_generic_rpc_handlers((self._health, front))

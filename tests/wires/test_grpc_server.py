@@ -17,8 +17,10 @@ from relay.limits import Limits
 from relay.quota import Quota
 from relay.wires.forwarded import Forwarding
 from relay.wires.grpc_fleet import MOST_BYTES, GrpcFront
+from relay.wires.grpc_health import SERVING
 from relay.wires.grpc_message import Messages
 from relay.wires.grpc_server import GrpcServer, options
+from relay.wires.grpc_sockets import Place, count_connections
 from relay.wires.grpc_tls import server_credentials
 from tests.certificates import make_pair
 from tests.grpc_ends import GrpcNode
@@ -228,6 +230,19 @@ def test_grpc_takes_more_than_the_limit_so_that_the_answer_is_ours(max_body: int
     assert chosen["grpc.max_send_message_length"] == MOST_BYTES
     assert chosen["grpc.max_connection_idle_ms"] == 75_000
     assert chosen["grpc.max_connection_age_ms"] == 30_000
+
+
+async def test_who_watches_leaves_as_others_do(stack: AsyncExitStack) -> None:
+    server = await serve(stack, Slow(), age=0.5)
+    node = await stack.enter_async_context(GrpcNode(server.port))
+    watching = node.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+    assert await watching.read() == SERVING
+    place = Place.of(f"127.0.0.1:{server.port}", server.port)
+    assert count_connections(place) == 1
+    async with asyncio.timeout(15):
+        assert await watching.read() is aio.EOF
+        while count_connections(place):
+            await asyncio.sleep(0.05)
 
 
 async def test_idle_connections_are_told_to_close(stack: AsyncExitStack) -> None:
