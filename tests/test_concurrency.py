@@ -232,7 +232,7 @@ async def test_a_wait_ends_with_its_time_or_with_the_patience_of_who_waits() -> 
         started = loop.time()
         with pytest.raises(TimeoutError):
             await turnstile.enter(0, patience=patience)
-        assert loop.time() - started < 2.0
+        assert loop.time() - started < 8.0
     assert (turnstile.inside, turnstile.waiting) == (1, 0)
 
 

@@ -237,7 +237,7 @@ async def test_a_killed_worker_is_replaced(relay: RelayProcess) -> None:
 
 
 async def test_health_checks_hear_of_a_stop_before_it_comes(relay: RelayProcess) -> None:
-    relay.settings["drain"] = {"delay": 3, "timeout": 4, "idle_grace": 0.5}
+    relay.settings["drain"] = {"delay": 25, "timeout": 4, "idle_grace": 0.5}
     await started(relay)
     async with GrpcNode(relay.port) as node:
         stub = health_pb2_grpc.HealthStub(node.channel)
@@ -253,6 +253,7 @@ async def test_health_checks_hear_of_a_stop_before_it_comes(relay: RelayProcess)
             while await health() == health_pb2.HealthCheckResponse.SERVING:
                 await asyncio.sleep(0.05)
         assert (await node.ask(Method.PULL_MESSAGES, REQUEST)).code == "OK"
+    relay.signal(signal.SIGTERM)  # ends the delay
     assert await off(relay.exit_code, 30.0) == 0
 
 

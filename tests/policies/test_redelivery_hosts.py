@@ -357,7 +357,7 @@ async def test_in_an_outage_a_host_goes_by_itself_and_soon(
             assert await other.pull() == b"", "it has no copy"
             assert [await one.pull() for _ in range(4)] == [BYTES, BYTES, b"", b""]
             took = time.monotonic() - began
-        assert took < 2 * PATIENCE + 0.5, "each worker waited once"
+        assert took < 4 * PATIENCE, "each worker waited once, and not with each of 5 polls"
         after = asked()
         assert after["failed"] - before["failed"] >= 2
         assert after["skipped"] > before["skipped"]

