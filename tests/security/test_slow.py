@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from relay.wireformat import encode_bytes
 from tests.relay_process import RelayProcess
 from tests.security.corpus import PULL, call, length, push
 from tests.security.recorder import Recorder
@@ -204,11 +205,9 @@ def test_slow_nodes_whose_calls_are_sound_give_their_connections_to_the_superlin
     }[kind]
     with running(tmp_path) as (relay, upstream):
         if kind == "reading":
-            size = 4 << 20
-            head = (
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\nContent-Length: %d\r\n\r\n" % size
-            )
-            upstream.answers["pull-messages"] = head + bytes(size)
+            answer = encode_bytes(1, bytes(9 << 20))  # more than is awaited whole
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\nContent-Length: %d\r\n\r\n"
+            upstream.answers["pull-messages"] = head % len(answer) + answer
         stop = threading.Event()
         small = 4096 if kind == "reading" else None
         with many(relay.port, data, receive_buffer=small) as nodes:
