@@ -86,6 +86,7 @@ class Master(Arbiter):  # type: ignore[misc]
         self._sockets = listening.Sockets()
         self._takeover: Takeover | None = None
         self._asked = False
+        self._metrics_fault = ""
         self._failures = 0
         self._start_at = 0.0
         self._looked = time.monotonic()
@@ -120,6 +121,7 @@ class Master(Arbiter):  # type: ignore[misc]
         would be missed for as long as an old one drains.
         """
         self._leaving &= self.WORKERS.keys()
+        self._keep_metrics_directory()
         self._go_on()
         staying = sorted(self._of(self.app.generation), key=lambda pid: self.WORKERS[pid].age)
         for pid in staying[: max(0, len(staying) - self.num_workers)]:
@@ -129,15 +131,22 @@ class Master(Arbiter):  # type: ignore[misc]
                 self.spawn_worker()
                 time.sleep(_TURN)  # no faster, should they die as soon as they have begun
 
+    def _keep_metrics_directory(self) -> None:
+        try:
+            if self.app.metrics is not None and self.app.metrics.ensure():
+                # Workers that are there go on counting in what is gone; those of a reload count in this.
+                log.warning("the directory of metrics was removed", directory=str(self.app.metrics.path))
+            self._metrics_fault = ""
+        except OSError as error:
+            if str(error) != self._metrics_fault:
+                self._metrics_fault = str(error)
+                log.warning("no directory for metrics", problem=str(error))
+
     def spawn_worker(self) -> int:
         """Fork a worker that misses no signal of its start; return 0 if that cannot be done for now."""
         self.app.shared.starts(self.worker_age + 1)
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
-        try:
-            if self.app.metrics is not None and self.app.metrics.ensure():
-                log.warning("the directory of metrics was removed", directory=str(self.app.metrics.path))
-        except OSError as error:
-            log.warning("no directory for metrics", problem=str(error))
+        self._keep_metrics_directory()
         try:
             pid: int = super().spawn_worker()
         except OSError as error:

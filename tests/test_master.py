@@ -36,8 +36,8 @@ from pathlib import Path
 from relay import master, processor, server, worker
 from relay.settings import load
 config = Path(sys.argv[1])
-server.HUNG_SECONDS = 3
-master.AWAY_SECONDS = 2
+server.HUNG_SECONDS = 5
+master.AWAY_SECONDS = 4
 busy = config.parent / "busy"
 master.Waits = lambda: processor.Waits(lambda _: time.monotonic() if busy.exists() else 0.0)
 original = worker._prepare_metrics
@@ -91,8 +91,8 @@ async def test_workers_outlive_a_host_that_stands_still_and_one_that_hangs_does_
         processes = [relay.process, *relay.workers()]
         for process in processes:
             process.suspend()
-        await asyncio.sleep(5.0)
-        processes[0].resume()  # the master first, which finds workers that have said nothing for 5 s
+        await asyncio.sleep(8.0)
+        processes[0].resume()  # the master first, which finds workers that have said nothing for 8 s
         await asyncio.sleep(1.0)
         for process in processes[1:]:
             process.resume()
@@ -112,7 +112,7 @@ async def test_a_worker_that_gets_no_processor_is_not_killed_for_its_silence(tmp
         (tmp_path / "busy").touch()
         await asyncio.sleep(2)
         worker.suspend()
-        await asyncio.sleep(7)
+        await asyncio.sleep(9)
         assert pids(relay) == {worker.pid}
         (tmp_path / "busy").unlink()
         await until(relay, lambda: worker.pid not in pids(relay))
@@ -164,6 +164,7 @@ async def test_workers_that_cannot_start_end_the_relay_at_its_start_alone(tmp_pa
         booted = relay.count("worker serves")
         one.kill()
         begun = time.monotonic()
+        await until(relay, lambda: "cannot allocate\n" in relay.log.read_text())
         await asyncio.sleep(4.0)
         failed = relay.log.read_text().count("cannot allocate\n")
         assert other.pid in pids(relay)
@@ -189,3 +190,14 @@ async def test_a_temporary_directory_that_is_gone_keeps_the_relay_from_nothing_b
         await until(relay, lambda: relay.count("worker serves") == 3)
         assert await off(relay.stop) == 0
         assert relay.leftovers() == []
+
+
+async def test_a_page_of_metrics_is_there_again_when_somebody_has_removed_its_directory(
+    tmp_path: Path,
+) -> None:
+    async with odd(tmp_path, mode="maintenance") as relay:
+        (name,) = relay.leftovers()
+        shutil.rmtree(relay.temporary / name)
+        await until(relay, lambda: relay.count("the directory of metrics was removed") == 1)
+        assert (await off(relay.get, "/metrics"))[0] == 200
+        assert relay.count("worker serves") == 2, "for which no worker had to be started"
