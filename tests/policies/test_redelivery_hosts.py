@@ -58,7 +58,7 @@ class Host(Relay):
             deliveries=3,
             records=self.records,
             table=self.table,
-            redis=KeptRedis(url, "redis://shown", lease=0.5),
+            redis=KeptRedis(url, "redis://shown", lease=2.0),
         )
         policy.start()
         return policy
@@ -176,7 +176,7 @@ async def test_who_came_while_another_host_delivers_may_come_again(host: MakeHos
     await kept_by_one(one, other)
     assert await other.pull(end=False) == BYTES
     assert await one.pull() == b""
-    await asyncio.sleep(0.6)  # the lease of the other ends
+    await asyncio.sleep(2.1)  # the lease of the other ends
     assert await one.pull() == BYTES
     await one.told()
     assert await one.pull() == b"", "three times in all"
@@ -186,7 +186,7 @@ async def test_while_the_first_delivery_is_under_way_no_host_gets_it(host: MakeH
     one, other = host(), host()
     await kept_by_one(one, other, end=False)
     assert await other.pull() == b""
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(2.1)
     assert await other.pull() == BYTES, "the lease has ended: the host may be gone"
 
 

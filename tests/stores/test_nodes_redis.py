@@ -14,6 +14,7 @@ from relay.stores.host import HostTable
 from relay.stores.nodes import Facts, Nodes, Refused
 from relay.stores.nodes_redis import PREFIX, NodesAcrossHosts
 from tests.redis_server import RedisServer
+from tests.sockets import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,5 +84,6 @@ async def test_one_worker_of_a_host_writes_and_not_at_each_tick(redis: RedisServ
     here.push = lambda: written.append(1)  # type: ignore[method-assign]
     for _ in range(3):
         here.tick(table)
+    await until(lambda: written)
     await asyncio.sleep(0.1)
     assert written == [1]

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from relay.stores import redis_link
 from relay.stores.redis_link import MOST_WAITING, OutageError, RedisLink
+from tests.sockets import until
 
 
 @pytest.fixture
@@ -84,21 +85,21 @@ async def test_the_end_of_a_late_answer_is_told(link: RedisLink) -> None:
         back(link)
         late: list[str] = []
         with pytest.raises(OutageError):
-            await link.ask(says(answer, after=0.05), soon(0.01), partial(late.append, "late"))
+            await link.ask(says(answer, after=0.5), soon(0.05), partial(late.append, "late"))
         assert late == []
-        await asyncio.sleep(0.1)
+        await until(partial(len, late))
         assert late == ["late"]
     assert not link._asking
 
 
 async def test_the_end_of_an_answer_to_who_was_cancelled_is_told(link: RedisLink) -> None:
     late: list[str] = []
-    asking = asyncio.create_task(link.ask(says(7, after=0.05), soon(), lambda: late.append("late")))
+    asking = asyncio.create_task(link.ask(says(7, after=0.5), soon(), lambda: late.append("late")))
     await asyncio.sleep(0.01)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    await asyncio.sleep(0.1)
+    await until(lambda: late)
     assert late == ["late"]
 
 
@@ -119,8 +120,8 @@ async def test_what_is_owed_is_told_when_there_is_an_answer_again(link: RedisLin
 async def test_a_late_answer_pays_what_is_owed(link: RedisLink) -> None:
     told = Told()
     with pytest.raises(OutageError):
-        await link.ask(says(7, after=0.03), soon(0.01), lambda: link.owe(told.change(1)))
-    await asyncio.sleep(0.1)
+        await link.ask(says(7, after=0.5), soon(0.05), lambda: link.owe(told.change(1)))
+    await until(lambda: told.told)
     assert told.told == [1], "also soon after a failure"
 
 

@@ -20,6 +20,7 @@ from relay.refusal import NodeGone, Reason, Refusal
 from relay.stores.upstreams import CLOSED, HALF_OPEN, OPEN, UpstreamTable
 from relay.upstreams.breaker import Breaker
 from relay.upstreams.health import Verdict, verdict
+from tests.sockets import until
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -275,11 +276,9 @@ async def test_a_probe_that_is_cancelled_takes_its_call_with_it(worker: Worker, 
     await until_due(worker)
     worker.upstream.hold = asyncio.Event()
     probe = asyncio.ensure_future(worker.ask(call))
-    await asyncio.sleep(0.01)
-    assert worker.upstream.at_a_time == 1
+    await until(lambda: worker.upstream.at_a_time == 1)
     probe.cancel()
-    await asyncio.sleep(0.01)
-    assert worker.upstream.at_a_time == 0
+    await until(lambda: worker.upstream.at_a_time == 0)
     worker.upstream.hold = None
     assert await worker.ask(call) == "ok"
 

@@ -149,6 +149,9 @@ async def test_a_drain_waits_for_no_connection_without_a_call(stack: AsyncExitSt
     waiting.call(Method.PULL_MESSAGES.grpc, end=False)
     watching = stack.enter_context(http2.Connection(server.port))
     watching.call("/grpc.health.v1.Health/Watch", body=bytes(5))
+    async with asyncio.timeout(10):
+        while server.front.in_flight != 1:
+            await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)
     assert server.front.in_flight == 1
     async with asyncio.timeout(12):
