@@ -11,7 +11,7 @@ import pytest
 from relay.stores.upstreams import UpstreamTable
 from relay.superlink import QUESTIONS, UPSTREAMS
 from relay.upstreams.check import Check, Question
-from tests.sockets import Listener, response, until
+from tests.sockets import PATIENCE, Listener, response, until
 
 if TYPE_CHECKING:
     from relay.upstreams.pool import Pool
@@ -21,14 +21,21 @@ if TYPE_CHECKING:
 HEALTH = Question("/health", 200)
 
 
-def check(pool: Pool, table: UpstreamTable, *, interval: float = 60, told: list[int] | None = None) -> Check:
+def check(
+    pool: Pool,
+    table: UpstreamTable,
+    *,
+    interval: float = 60,
+    timeout: float = PATIENCE,
+    told: list[int] | None = None,
+) -> Check:
     told = [] if told is None else told
     return Check(
         pool,
         table,
         HEALTH,
         interval=interval,
-        timeout=0.2,
+        timeout=timeout,
         failures=2,
         on_result=lambda: told.append(1),
     )
@@ -59,7 +66,8 @@ async def test_a_superlink_is_asked_what_it_answers_by_itself(
 async def test_anything_else_is_a_miss(
     make_pool: MakePool, upstream: Listener, answer: bytes | None, why: str
 ) -> None:
-    asking = asyncio.ensure_future(check(make_pool(), UpstreamTable()).ask())
+    timeout = 0.5 if answer is None else PATIENCE
+    asking = asyncio.ensure_future(check(make_pool(), UpstreamTable(), timeout=timeout).ask())
     peer = await upstream.accept()
     await peer.message()
     if answer is not None:

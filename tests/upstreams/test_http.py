@@ -130,8 +130,11 @@ async def test_a_small_declared_answer_is_at_hand_when_the_reply_is(
 ) -> None:
     task, peer, _ = await link.asked(make_call(Method.PUSH_MESSAGES))
     peer.send(response(b"x" * (size // 2), size=size))
-    await asyncio.sleep(0.02)
-    assert task.done() == (size == 0)
+    if size:
+        await asyncio.sleep(0.02)
+        assert not task.done()
+    else:
+        await task
     peer.send(b"x" * (size - size // 2))
     reply = await task
     assert reply.payload.data == b"x" * size
@@ -503,7 +506,7 @@ async def test_a_call_is_given_up_at_its_deadline(link: Link, make_call: MakeCal
     with pytest.raises(Refusal) as caught:
         await link.handler(make_call(Method.PULL_MESSAGES, deadline=started + 0.1))
     assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
-    assert 0.08 < time.monotonic() - started < 4
+    assert 0.08 < time.monotonic() - started < PATIENCE - 1
 
 
 @pytest.mark.parametrize("sized", [True, False])
@@ -534,7 +537,7 @@ async def test_a_long_answer_that_is_late_is_passed_on_if_it_may_be(
     link: Link, make_call: MakeCall, method: Method, *, passed_on: bool
 ) -> None:
     """A message that was handed out would else be lost, and its node still waits for a first byte."""
-    task, peer, _ = await link.asked(make_call(method, deadline=time.monotonic() + 0.2))
+    task, peer, _ = await link.asked(make_call(method, deadline=time.monotonic() + 1.0))
     peer.send(response(OBJECT[:9], size=len(OBJECT)))
     if passed_on:
         reply = await task

@@ -324,7 +324,7 @@ async def test_a_dropped_call_leaves_nothing_behind(serve: Serve) -> None:
     )
     assert await node.rest() == (b"", "reset")
     await until(lambda: not served.server.connections)
-    await until(lambda: asyncio.all_tasks() <= before, patience=1.0)
+    await until(lambda: asyncio.all_tasks() <= before, patience=5.0)
 
 
 async def test_a_node_that_asks_on_and_takes_no_answer_is_given_up(serve: Serve) -> None:

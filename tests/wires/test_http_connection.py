@@ -220,13 +220,13 @@ async def test_a_node_that_says_close_is_answered_and_closed(serve: Serve) -> No
 
 async def test_an_idle_connection_is_closed_in_its_time_and_not_while_it_is_busy(serve: Serve) -> None:
     go = asyncio.Event()
-    served = await serve(echo_when(go), keepalive=0.1)
+    served = await serve(echo_when(go), keepalive=0.5)
     silent, talking = await served.node(), await served.node()
     talking.send(request(b"abc"))
     started = asyncio.get_running_loop().time()
     assert await silent.rest() == (b"", "closed")
-    assert asyncio.get_running_loop().time() - started > 0.05
-    await asyncio.sleep(0.15)
+    assert asyncio.get_running_loop().time() - started > 0.3
+    await asyncio.sleep(0.6)
     go.set()
     assert (await talking.message()).body == b"abc"
     assert await talking.rest() == (b"", "closed")
@@ -537,7 +537,7 @@ async def test_a_broken_chunk_ends_the_call_at_once_and_reaches_the_upstream_as_
                 await peer.message()
     started = asyncio.get_running_loop().time()
     data, _ = await node.rest()
-    assert asyncio.get_running_loop().time() - started < 1.0
+    assert asyncio.get_running_loop().time() - started < PATIENCE - 1
     assert data == b"" or data.startswith(b"HTTP/1.1 503 ")
     await until(lambda: link.books() == (0, 0))
     await until(lambda: not link.served.server.connections)
@@ -709,4 +709,4 @@ async def test_a_node_that_never_takes_the_end_of_its_answer_is_given_up(serve: 
     await until(lambda: served.ended)
     (connection,) = served.server.connections
     assert connection.transport is None or connection.transport.get_write_buffer_size() > 0
-    await until(lambda: not served.server.connections, patience=3.0)
+    await until(lambda: not served.server.connections)

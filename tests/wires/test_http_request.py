@@ -219,11 +219,11 @@ async def test_a_body_that_trickles_is_refused_although_it_never_pauses(serve: S
 
 
 async def test_a_body_may_stall_if_it_makes_up_for_it(serve: Serve) -> None:
-    served = await serve(min_rate=10_000, rate_window=0.4)
+    served = await serve(min_rate=10_000, rate_window=1.2)
     node = await served.node()
     node.send(request(framing=b"Content-Length: 100000"))
     for _ in range(5):
-        await asyncio.sleep(0.25)  # alone, each would be far too slow
+        await asyncio.sleep(0.7)  # alone, each would be far too slow
         node.send(b"x" * 20_000)
     assert len((await node.message()).body) == 100_000
 
@@ -364,11 +364,11 @@ async def test_a_stalled_small_body_is_refused_by_the_chain_and_not_behind_its_b
 
 
 async def test_a_body_may_pause_less_than_the_idle_timeout_as_often_as_it_likes(serve: Serve) -> None:
-    served = await serve(idle_timeout=0.5)
+    served = await serve(idle_timeout=1.5)
     node = await served.node()
     node.send(request(framing=CHUNKED))
     for _ in range(6):
-        await asyncio.sleep(0.12)
+        await asyncio.sleep(0.4)
         node.send(in_chunks(b"ab", last=b""))
     node.send(in_chunks())
     assert (await node.message()).body == b"ab" * 6
