@@ -66,11 +66,11 @@ async def test_a_failure_spares_the_next_the_waiting_and_is_logged_once(link: Re
 
 
 async def test_it_is_left_alone_for_a_second(link: RedisLink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_link, "OFF", 0.1)
+    monkeypatch.setattr(redis_link, "OFF", 0.5)
     link.failed("a test")
     with pytest.raises(OutageError):
         await link.ask(says(7), soon(), unused)
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(0.55)
     assert await link.ask(says(7), soon(), unused) == 7
 
 
