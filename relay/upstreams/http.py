@@ -7,6 +7,7 @@ nodes of HTTP v1 survive a break in that.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ AWAITED = 64 * 1024 * 1024
 _LONG = frozenset({Method.PULL_MESSAGES, Method.PULL_OBJECT, Method.GET_FAB})
 #: Awaited up to LONGEST, and not only up to WHOLE, for all nodes; objects are for those that need it.
 _AWAITED_LONG = frozenset({Method.PULL_MESSAGES, Method.PUSH_MESSAGES, Method.GET_RUN, Method.GET_FAB})
+
+#: Seconds for the rest of an answer that is of no use: its call waits, and another connection costs less.
+_SOON = 0.5
 
 _CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 
@@ -142,11 +146,12 @@ class HttpUpstream:
         return Reply(payload, Source.UPSTREAM, status=status, metadata=headers)
 
     async def _let_go(self, connection: Connection) -> None:
-        """Read an answer that is of no use, if it is short: its connection is."""
+        """Read an answer that is of no use, if it is short and soon here: its connection is."""
         if connection.take() is None and (connection.size or AWAITED) <= WHOLE:
-            with suppress(Refusal):
-                if await connection.whole(WHOLE):
-                    connection.take()
+            with suppress(Refusal, TimeoutError):
+                async with asyncio.timeout(_SOON):
+                    if await connection.whole(WHOLE):
+                        connection.take()
 
     async def _payload(self, connection: Connection, method: Method, nodes: Nodes) -> Payload:
         """Wrap a response body that is still arriving, whole if it shall not be passed on before."""

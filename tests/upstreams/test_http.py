@@ -751,3 +751,19 @@ async def test_what_was_awaited_is_given_back_however_it_ends(
     await asyncio.gather(task, return_exceptions=True)
     assert link.handler._awaited == 0
     await until(lambda: link.pool.state()["connections"] == len(link.pool._idle))
+
+
+async def test_the_rest_of_an_answer_of_no_use_is_not_waited_for_long(
+    make_pool: MakePool, upstream: Listener, make_call: MakeCall
+) -> None:
+    """A 503 whose body does not come must not hold up the repeat of its call."""
+    pool = make_pool(idle_timeout=PATIENCE)
+    link = Link(http_v1.upstream(pool, Timeouts(PATIENCE, PATIENCE)), upstream)
+    started = time.monotonic()
+    task, peer, _ = await link.asked(make_call(Method.PULL_MESSAGES, deadline=started + 60))
+    peer.send(b"HTTP/1.1 503 Down\r\nContent-Type: text/html\r\nContent-Length: 10\r\n\r\n")
+    with pytest.raises(Refusal) as caught:
+        await task
+    assert (caught.value.reason, caught.value.status) == (Reason.UPSTREAM_DOWN, 503)
+    assert time.monotonic() - started < PATIENCE - 1
+    await until(lambda: link.pool.state()["connections"] == 0)
