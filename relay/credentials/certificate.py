@@ -27,9 +27,8 @@ _ANY_CASE = frozenset({"DNS", "email", "fingerprint"})
 _FIELD = re.compile(r"\{(\w*)\}")
 _FIELDS = ("match", "CN", "DNS", "URI", "IP", "email")
 
-#: Causes of refusals, as the policy `auth` counts them.
+#: Cause of a refusal, as the policy `auth` counts it.
 CAUSE = "certificate_not_allowed"
-CAUSES = frozenset({CAUSE})
 
 
 class Pattern(NamedTuple):

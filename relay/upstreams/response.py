@@ -7,6 +7,7 @@ rest of that passes around it, since it would only copy.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ _NOT_PASSED = frozenset(
 )
 
 
-class Response(asyncio.Protocol):
+class Response(asyncio.Protocol, ABC):
     """The reading half of `Connection`, which is one object with it: each piece of a body passes through.
 
     Attributes:
@@ -82,9 +83,9 @@ class Response(asyncio.Protocol):
         self._until_close = False
         self._response_done = False
 
+    @abstractmethod
     def _message_ended(self, *, keep: bool) -> None:
         """Told that the response is whole, and whether the upstream keeps the connection."""
-        raise NotImplementedError
 
     def _take_raw(self, data: bytes) -> None:
         """Take the next piece of a body whose length is known."""
