@@ -70,6 +70,13 @@ class Peer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self._broken_by: Exception | None = None
+        # A stream forgets what came before a reset unless it was read before the reset was seen.
+        reader.set_exception = self._broken  # type: ignore[method-assign]
+
+    def _broken(self, exc: Exception) -> None:
+        self._broken_by = exc
+        self.reader.feed_eof()
 
     def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -100,9 +107,7 @@ class Peer:
             try:
                 data = await self.reader.readuntil(b"\r\n\r\n")
             except asyncio.IncompleteReadError as error:
-                raise CutError(error.partial) from error
-            except ConnectionError as error:
-                raise CutError(b"") from error
+                raise CutError(error.partial) from (self._broken_by or error)
         start, *lines = data[:-4].split(b"\r\n")
         pairs = (line.partition(b":") for line in lines)
         return Message(start, [(name, value.strip(b" \t")) for name, _, value in pairs])
@@ -112,9 +117,7 @@ class Peer:
             async with asyncio.timeout(PATIENCE):
                 return await self.reader.readexactly(size)
         except asyncio.IncompleteReadError as error:
-            raise CutError(error.partial) from error
-        except ConnectionError as error:
-            raise CutError(b"") from error
+            raise CutError(error.partial) from (self._broken_by or error)
 
     async def _chunked(self) -> tuple[bytes, int]:
         pieces: list[bytes] = []
@@ -132,20 +135,13 @@ class Peer:
             async with asyncio.timeout(PATIENCE):
                 return await self.reader.readuntil(separator)
         except asyncio.IncompleteReadError as error:
-            raise CutError(error.partial) from error
-        except ConnectionError as error:
-            raise CutError(b"") from error
+            raise CutError(error.partial) from (self._broken_by or error)
 
     async def rest(self, patience: float = PATIENCE) -> tuple[bytes, str]:
         """Read to the end; return what came, and whether it ended by `closed` (FIN) or `reset` (RST)."""
-        pieces: list[bytes] = []
-        try:
-            async with asyncio.timeout(patience):
-                while piece := await self.reader.read(65536):
-                    pieces.append(piece)
-        except ConnectionError:
-            return b"".join(pieces), "reset"
-        return b"".join(pieces), "closed"
+        async with asyncio.timeout(patience):
+            came = await self.reader.read()
+        return came, "reset" if self._broken_by else "closed"
 
     async def is_silent(self, seconds: float) -> bool:
         """Return whether neither a byte nor an end comes for so long."""

@@ -182,7 +182,7 @@ async def test_a_shutdown_in_the_middle_of_an_answer_never_makes_it_look_complet
         await node.until(b"part")
         nodes.append(node)
     await served.server.shutdown(0.05)
-    assert (await nodes[0].rest())[0] == b"\r\n"
+    assert await nodes[0].rest() == (b"\r\n", "reset")
     assert await nodes[1].rest() == (b"", "reset")
     assert served.outcomes() == ["cancelled", "cancelled"]
     assert all(ended.ending.lost for ended in served.ended)
