@@ -286,7 +286,7 @@ def _string(block: bytes, at: int) -> tuple[bytes, int]:
     length, at = _integer(block, at, 0x7F)
     end = at + length
     text = block[at:end]
-    if not huffman or end > len(block):
+    if not huffman:
         return text, end
     return (_plain_of_short if length <= _CACHED_BYTES else _plain)(text), end
 
@@ -294,7 +294,7 @@ def _string(block: bytes, at: int) -> tuple[bytes, int]:
 class _Step(dict[int, tuple["_Step", bytes]]):
     """Where each next byte leads from within the code's tree, and the symbols that it completes.
 
-    A step is worked out when a string first needs it. There are 256 x 256 at most, in 12 MB, of which usual
+    A step is worked out when a string first needs it. There are 256 x 256 at most, in 8 MB, of which usual
     text needs some thousand.
     """
 

@@ -265,21 +265,22 @@ def test_a_string_is_what_its_code_says(text: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "why"),
     [
-        "ffffffff",  # the 30 bits of EOS, and 2 more
-        "07fffffffc",  # 0, and EOS
-        "ff",
-        "07ff",  # 0, and 11 ones
-        "1ffffe",  # a, 18 ones and a zero: a longer code than there is room for
-        "00",  # 0, and 3 zeros
-        "1e",  # a, and 110
+        ("ffffffff", "EOS"),  # its 30 bits, and 2 more
+        ("07fffffff8", "EOS"),  # 0, EOS, and 5 bits
+        ("ff" * 500, "EOS"),
+        ("ff", "padding"),
+        ("07ff", "padding"),  # 0, and 11 ones
+        ("1ffffe", "padding"),  # a, 18 ones and a zero: the beginning of a longer code
+        ("00", "padding"),  # 0, and 3 zeros
+        ("1e", "padding"),  # a, and 110
     ],
 )
-def test_a_code_that_ends_wrong_is_refused(text: str) -> None:
+def test_a_code_that_ends_wrong_is_refused(text: str, why: str) -> None:
     block = b"\x04" + coded(bytes.fromhex(text))
     for _ in range(2):  # an error is not remembered as something else
-        with pytest.raises(HpackError, match=r"EOS|padding"):
+        with pytest.raises(HpackError, match=why):
             Decoder().decode(block, ANY)
 
 
@@ -294,6 +295,17 @@ def test_long_strings_are_decoded_as_short_ones_are() -> None:
     for length in (1, 255, 256, 257, 408, 409, 410, 411, 9000):
         text = b"a/0=b" * length
         assert Decoder().decode(b"\x04" + coded(huffman(text)), ANY) == ([(b":path", text)], 5 + len(text))
+
+
+def test_long_strings_are_not_kept() -> None:
+    def kept() -> int:
+        return hpack._plain_of_short.cache_info().currsize
+
+    hpack._plain_of_short.cache_clear()
+    Decoder().decode(b"\x04" + coded(huffman(b"0" * 411)), ANY)  # 257 bytes
+    assert kept() == 0
+    Decoder().decode(b"\x04" + coded(huffman(b"0" * 409)), ANY)
+    assert kept() == 1
 
 
 # --- what is broken
