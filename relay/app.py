@@ -47,6 +47,8 @@ from relay.superlink import budgets, shed, sheds_each, superlink, urls
 from relay.tls_files import ListenerTls, UpstreamTls
 from relay.tls_metrics import NO_TLS, Handshakes, Tls
 from relay.wires.forwarded import Forwarding
+from relay.wires.grpc_fleet import GrpcFront
+from relay.wires.grpc_request import Receiver as GrpcReceiver
 from relay.wires.http import Front, Route
 from relay.wires.http_request import Receiver
 from relay.wires.http_v1 import HTTP_V1
@@ -60,7 +62,6 @@ if TYPE_CHECKING:
     from relay.stores.kept_hosts import Redis
     from relay.stores.nodes_redis import NodesAcrossHosts
     from relay.upstreams.balance import Balance
-    from relay.wires.grpc_fleet import GrpcFront
 
 SPECS = {spec.wire: spec for spec in (HTTP_V1, REST_V0)}
 
@@ -193,9 +194,6 @@ def _grpc_front(
     held: Quota,
     auth: Auth,
 ) -> GrpcFront:
-    from relay.wires.grpc_fleet import GrpcFront  # noqa: PLC0415 - gRPC is imported where it is spoken
-    from relay.wires.grpc_message import Messages  # noqa: PLC0415
-
     handlers = {
         (wire, method): _chain(settings, chosen, upstream, method).handler
         for wire in listener.wires
@@ -203,13 +201,16 @@ def _grpc_front(
     }
     return GrpcFront(
         handlers,
-        Forwarding(listener.trusted_proxies, _certificate_header(listener)),
+        GrpcReceiver(
+            Forwarding(listener.trusted_proxies, _certificate_header(listener)),
+            limits,
+            settings.upstream.idle_timeout,
+            admission.withheld(listener.auth),
+        ),
         held,
-        Messages(limits, settings.upstream.idle_timeout),
-        tls=listener.tls is not None,
+        idle_timeout=settings.upstream.idle_timeout,
         on_stray=metrics.stray,
         admit=auth.admit if listener.auth.accept else None,
-        withheld=admission.withheld(listener.auth),
     )
 
 
@@ -358,7 +359,14 @@ def _limits(section: settings_of.Limits) -> Limits:
 def _tls(settings: Settings, table: HostTable) -> Tls:
     counting = Handshakes()
     listeners = [
-        ListenerTls(str(listener.address), listener.tls, counting) if listener.tls is not None else None
+        ListenerTls(
+            str(listener.address),
+            listener.tls,
+            counting,
+            protocol="h2" if listener.speaks_grpc else "http/1.1",
+        )
+        if listener.tls is not None
+        else None
         for listener in settings.listeners
     ]
     return Tls(listeners, UpstreamTls(settings.upstream) if settings.upstream.url.tls else None, table)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode, b64encode
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     #: gRPC metadata as grpcio takes and gives it: text, or bytes under a name in `-bin`.
     GrpcMetadata = Iterable[tuple[str, str | bytes]]
+
+T = TypeVar("T")
 
 CONTENT_TYPE = (b"content-type", b"application/protobuf")
 #: Most bytes of a status' text, which is metadata like any other.
@@ -66,6 +68,8 @@ _HTTP_ONLY = frozenset(
     }
 )
 _NAME = re.compile(r"[0-9a-z_.-]{1,256}")
+_TEXT = re.compile(rb"[ -~]*")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]*={0,2}")
 
 
 class _Name(NamedTuple):
@@ -76,7 +80,10 @@ class _Name(NamedTuple):
 
 
 class _Key(NamedTuple):
+    """A key of gRPC metadata, as text and as HTTP/2 has it."""
+
     key: str
+    field: bytes
     binary: bool
 
 
@@ -95,6 +102,35 @@ def to_headers(metadata: GrpcMetadata) -> Metadata:
         elif isinstance(value, str) and value.isascii() and value.isprintable():
             headers.append((known.name, value.encode("ascii")))
     return headers
+
+
+def from_fields(fields: Metadata) -> Metadata:
+    """Return the headers that mean what these fields of a gRPC call mean, as they stand in HTTP/2.
+
+    Binary ones are base64 there, with padding or without. What is not a header by the rules of HTTP/1.1 is
+    left out: it could end a header and begin another.
+    """
+    headers: Metadata = []
+    for name, value in fields:
+        known = _field(name)
+        if known is None:
+            continue
+        if known.binary:
+            if _BASE64.fullmatch(value) is not None:
+                headers.append((known.name, value.rstrip(b"=") + b"=" * (-len(value.rstrip(b"=")) % 4)))
+        elif _TEXT.fullmatch(value) is not None:
+            headers.append((known.name, value))
+    return headers
+
+
+def to_fields(headers: Metadata) -> Metadata:
+    """Return the fields that these headers of an answer are in gRPC's HTTP/2; as `to_metadata` otherwise."""
+    fields: Metadata = []
+    for name, value in headers:
+        known = _metadata_key(name)
+        if known is not None and (_BASE64 if known.binary else _TEXT).fullmatch(value) is not None:
+            fields.append((known.field, value))
+    return fields
 
 
 def to_metadata(headers: Metadata) -> list[tuple[str, str | bytes]]:
@@ -123,25 +159,33 @@ def bounded(metadata: list[tuple[str, str | bytes]], most: int) -> list[str]:
     Flower's own stays before all other: a gRPC that gets more than 8 KiB of it may fail the call, whatever
     the call has done, and beyond 16 KiB does.
     """
-    size = sum(map(_size, metadata))
-    if size <= most:
+    return _bounded(metadata, [(key, len(key) + _size(value)) for key, value in metadata], most)
+
+
+def bounded_fields(fields: Metadata, most: int) -> list[str]:
+    """Shorten metadata as it stands in HTTP/2; see `bounded`."""
+    sizes = [(key.decode("ascii"), len(key) + len(value) + _ENTRY) for key, value in fields]
+    return _bounded(fields, sizes, most)
+
+
+def _bounded(pairs: list[T], sizes: list[tuple[str, int]], most: int) -> list[str]:
+    if sum(size for _, size in sizes) <= most:
         return []
     dropped, kept, left = [], set(), most
     for own in (True, False):
-        for at, pair in enumerate(metadata):
-            if pair[0].startswith("flwr-") is own:
-                if (needed := _size(pair)) <= left:
-                    left -= needed
+        for at, (key, size) in enumerate(sizes):
+            if key.startswith("flwr-") is own:
+                if size <= left:
+                    left -= size
                     kept.add(at)
                 else:
-                    dropped.append(pair[0])
-    metadata[:] = [pair for at, pair in enumerate(metadata) if at in kept]
+                    dropped.append(key)
+    pairs[:] = [pair for at, pair in enumerate(pairs) if at in kept]
     return dropped
 
 
-def _size(pair: tuple[str, str | bytes]) -> int:
-    key, value = pair
-    return len(key) + (len(value) if isinstance(value, str) else 4 * (len(value) + 2) // 3) + _ENTRY
+def _size(value: str | bytes) -> int:
+    return (len(value) if isinstance(value, str) else 4 * (len(value) + 2) // 3) + _ENTRY
 
 
 def details(data: bytes) -> str:
@@ -167,13 +211,18 @@ def _header(key: str) -> _Name | None:
 
 
 @lru_cache(maxsize=512)
+def _field(name: bytes) -> _Name | None:
+    return _header(name.decode("latin-1"))
+
+
+@lru_cache(maxsize=512)
 def _metadata_key(name: bytes) -> _Key | None:
     key = name.decode("latin-1").lower()
     if key in _HTTP_ONLY or key in _PROOF or key.startswith("grpc-") or not _NAME.fullmatch(key):
         return None  # in HTTP a proof has other names, and only those were looked at
     if f"{key}{_BIN}" in _PROOF:
         key = f"{key}{_BIN}"
-    return _Key(key, key.endswith(_BIN))
+    return _Key(key, key.encode("ascii"), key.endswith(_BIN))
 
 
 #: What a gRPC status is in HTTP. The first four failures say to a node what they say in HTTP v1; CANCELLED is

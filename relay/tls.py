@@ -37,6 +37,7 @@ def server_context(
     key: Path,
     minimum_version: str,
     *,
+    protocol: str = "http/1.1",
     client_ca: Path | None = None,
     client_certificates: str = "off",
 ) -> ssl.SSLContext:
@@ -46,6 +47,7 @@ def server_context(
         certificate: PEM chain, leaf first.
         key: its private key, PEM.
         minimum_version: "1.2" or "1.3".
+        protocol: what is spoken inside, by its name in ALPN: "http/1.1" or "h2".
         client_ca: PEM file of the authorities that clients' certificates are checked against.
         client_certificates: "off", "wanted" or "needed".
 
@@ -57,7 +59,7 @@ def server_context(
     context.set_ciphers(_CIPHERS)
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.load_cert_chain(certificate, key, password=_no_password)
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([protocol])
     if client_ca is not None:
         context.load_verify_locations(cafile=client_ca)
         context.verify_mode = _ASKING[client_certificates]

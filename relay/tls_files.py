@@ -209,15 +209,24 @@ class _Loaded:
 class ListenerTls(TlsFiles):
     """The TLS of a port that nodes connect to."""
 
-    def __init__(self, name: str, section: ListenerSection, watcher: Watcher | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        section: ListenerSection,
+        watcher: Watcher | None = None,
+        *,
+        protocol: str = "http/1.1",
+    ) -> None:
         """Read the files of `section`.
 
         Args:
             name: the address of the listener.
             section: its settings.
             watcher: who is told of its handshakes.
+            protocol: what is spoken inside, by its name in ALPN.
         """
         self._section = section
+        self._protocol = protocol
         self._watcher = watcher
         self._pairs: tuple[_Loaded, ...] = ()
         self._revoked: Revocations | None = None
@@ -279,6 +288,7 @@ class ListenerTls(TlsFiles):
                 pair.certificate,
                 pair.key,
                 section.minimum_version,
+                protocol=self._protocol,
                 client_ca=section.client_ca,
                 client_certificates=section.client_certificates,
             )

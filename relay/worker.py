@@ -22,6 +22,7 @@ from gunicorn.workers.base import Worker
 
 from relay import tls, tls_files
 from relay.chores import Chores
+from relay.wires.grpc_server import CONNECTION_SECONDS, GrpcServer
 from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from relay.shared import Shared
     from relay.tls_files import ListenerTls
     from relay.wires.grpc_fleet import GrpcFront
-    from relay.wires.grpc_server import GrpcServer
 
 log = structlog.get_logger("relay.worker")
 
@@ -118,7 +118,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
                 servers.append(NodeServer(front, listener.keepalive))
                 listening += await self._listen(servers[-1], next(sockets).sock, files)
             else:
-                grpc_servers.append(await _listen_grpc(front, listener, settings))
+                grpc_servers.append(await _listen_grpc(front, listener, files, settings))
         # What was made so far lives as long as the worker: never look at it again.
         gc.collect()
         gc.freeze()
@@ -217,8 +217,8 @@ class RelayWorker(Worker):  # type: ignore[misc]
                 chores.do("tick", relay.tick)
                 for server in servers:
                     chores.do("certificates", server.check_certificates)
-                for number, each in enumerate(grpc_servers):
-                    chores.start(f"messages {number}", each.tick)
+                for each in grpc_servers:
+                    chores.do("grpc", each.tick)
                     if self.shared.stopping:
                         chores.do("health", each.not_ready)
                 if self.ppid != os.getppid() and not self.stop.is_set():
@@ -239,25 +239,17 @@ def _unreadable(path: Path | None) -> str | None:
     return None
 
 
-async def _listen_grpc(front: GrpcFront, listener: Listener, settings: Settings) -> GrpcServer:
-    from relay.wires import grpc_tls  # noqa: PLC0415 - gRPC bears no fork, and is imported where it is spoken
-    from relay.wires.grpc_server import CONNECTION_SECONDS, GrpcServer  # noqa: PLC0415
-
-    section = listener.tls
-    credentials = section and grpc_tls.server_credentials(
-        [
-            (section.certificate, section.key),
-            *((pair.certificate, pair.key) for pair in section.certificates),
-        ]
-    )
+async def _listen_grpc(
+    front: GrpcFront, listener: Listener, files: ListenerTls | None, settings: Settings
+) -> GrpcServer:
     server = GrpcServer(
         front,
-        str(listener.address),
-        max_body=settings.limits.max_body,
+        listener.address.host,
+        listener.address.port,
         keepalive=listener.keepalive,
         # So that all connections have left in time.
         age=min(CONNECTION_SECONDS, settings.drain.timeout * _SHARE_TO_LEAVE),
-        credentials=credentials,
+        files=files,
     )
     await server.start()
     return server

@@ -12,7 +12,7 @@ from relay.limits import Limits
 from relay.quota import Quota
 from relay.wires.forwarded import Forwarding
 from relay.wires.grpc_fleet import GrpcFront
-from relay.wires.grpc_message import Messages
+from relay.wires.grpc_request import Receiver
 from relay.wires.grpc_server import GrpcServer
 from tests.grpc_ends import GrpcNode
 
@@ -58,7 +58,7 @@ class Served:
         async with asyncio.timeout(20):
             while not condition():
                 if ticks:
-                    await self.server.tick()
+                    self.server.tick()
                 await asyncio.sleep(0.01)
 
 
@@ -104,14 +104,17 @@ async def serve_grpc(
     served.held = Quota(held)
     served.front = GrpcFront(
         {(wire, method): handle for wire in wires for method in Method},
-        Forwarding([ipaddress.ip_network(trusted)] if trusted else []),
+        Receiver(
+            Forwarding([ipaddress.ip_network(trusted)] if trusted else []),
+            Limits(dict.fromkeys(Method, max_body), **limits),
+            idle_timeout,
+        ),
         served.held,
-        Messages(Limits(dict.fromkeys(Method, max_body), **limits), idle_timeout),
-        tls=False,
+        idle_timeout=idle_timeout,
         on_stray=served.strays.append,
         admit=admit,
     )
-    served.server = GrpcServer(served.front, "127.0.0.1:0", max_body=max_body, keepalive=75.0)
+    served.server = GrpcServer(served.front, "127.0.0.1", 0, keepalive=75.0)
     await served.server.start()
     stack.push_async_callback(served.server.drain, 0.0)
     served.node = await stack.enter_async_context(GrpcNode(served.server.port))

@@ -1,11 +1,12 @@
-"""Hold no more of HTTP nodes' messages than there is room for, where the SuperLink speaks gRPC.
+"""Hold no more of messages than there is room for, where the SuperLink speaks gRPC.
 
-gRPC takes and gives a message whole, so what an HTTP node sends or gets in pieces is held here meanwhile. Its
-share of the quota is taken before the call asks for a place in the SuperLink's queue (`shed`): whoever waits
+Towards a SuperLink gRPC takes and gives a message whole, so what a node sends or gets in pieces is held here
+meanwhile. Its share of the quota is taken before the call asks for a place in the SuperLink's queue (`shed`): whoever waits
 for memory must not keep others from the SuperLink. An upload that does not say its length takes more as it
 grows, and is read no further meanwhile. The share is given back when the call has ended.
 
-The messages of gRPC nodes are their wire's to hold: it receives them whole, whatever the SuperLink speaks.
+What came in the adapter's containers is its wire's to hold: it needs them whole, whatever the SuperLink
+speaks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from relay.call import Call, Ending, Payload, Reply, View
+from relay.call import Call, Ending, Payload, Reply, View, Wire
 from relay.fleet import Kind, Method
 from relay.growing import Growing
 from relay.quota import GUESS, Quota, Share
@@ -53,7 +54,11 @@ class Held:
             Refusal: OVERLOADED if it got none, or what comes from further in.
         """
         data, quota = call.payload.data, self._quota
-        if quota is None or call.wire.grpc or (data is not None and call.method is not Method.PULL_OBJECT):
+        if (
+            quota is None
+            or call.wire is Wire.GRPC_ADAPTER
+            or (data is not None and call.method is not Method.PULL_OBJECT)
+        ):
             return await next(call)
         size, share, whole = call.payload.size if data is None else GUESS, Share(quota), call.payload
         first = GUESS if size is None else size

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: An object comes whole or not at all, so its time includes its way: 1 GiB takes 86 s at 100 Mbit/s.
 OBJECT_SECONDS = 120.0
-#: A long answer goes to an HTTP node in pieces of this size.
+#: A long answer goes to its node in pieces of this size.
 PIECE = 256 * 1024
 
 _OBJECTS = frozenset({Method.PULL_OBJECT, Method.PUSH_OBJECT})
@@ -110,8 +110,7 @@ class GrpcUpstream:
         # Flower says nothing in the initial metadata, and each look costs as much as all policies together.
         headers = _headers(await asked.trailing_metadata())
         headers.append(bridge.CONTENT_TYPE)
-        # A gRPC node takes it as it is, an HTTP node in pieces.
-        long = call.method is Method.PULL_OBJECT and len(answer) > WHOLE and not call.wire.grpc
+        long = call.method is Method.PULL_OBJECT and len(answer) > WHOLE
         payload = Payload(body=_Pieces(answer), size=len(answer)) if long else Payload(answer)
         return Reply(payload, Source.UPSTREAM, metadata=headers)
 
@@ -151,7 +150,7 @@ class GrpcUpstream:
 
 
 class _Pieces:
-    """An answer that is at hand, given to an HTTP wire piece by piece; see `relay.call.Body`."""
+    """An answer that is at hand, given to a wire piece by piece; see `relay.call.Body`."""
 
     __slots__ = ("_at", "_data")
 

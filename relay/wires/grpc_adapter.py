@@ -58,10 +58,9 @@ def unpack(container: bytes) -> Contained:
     return Contained(BY_REQUEST.get(text), text, data)
 
 
-def pack(method: Method, data: bytes) -> bytes:
-    """Put an answer to `method` into a container, with what tells its type as Flower writes it."""
-    # Copied once: it may be a model.
-    return b"".join((_HEADS[method], bytes_head(_CONTENT, len(data)), data))
+def head(method: Method, size: int) -> bytes:
+    """Return what stands in a container before an answer of `size` bytes to `method`, its last field."""
+    return _HEADS[method] + bytes_head(_CONTENT, size)
 
 
 def _head(method: Method) -> bytes:

@@ -1,290 +1,401 @@
-"""gRPC: SuperNodes of flwr 1.23 to 1.39, `flwr.proto.Fleet`.
+"""gRPC: SuperNodes of flwr 1.23 to 1.39, `flwr.proto.Fleet`, and its adapter.
 
-Messages pass as bytes; nothing is parsed. gRPC hands them over whole, so a call that may carry an object
-takes its share of the worker's quota first, once `auth` has let it in: a pushed one before it is received,
-which holds its sender up.
+Messages pass as bytes, piece by piece as they come; nothing is parsed. gRPC writes the length of a message
+before it, so an answer of which nobody knows the length is gathered first, and takes its share of the
+worker's quota for that. So does what comes in the adapter's containers, in which the call stands at the end.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import time
-from functools import lru_cache, partial
-from itertools import count
-from typing import TYPE_CHECKING, Any, assert_never
+import asyncio
+from typing import TYPE_CHECKING, assert_never
+from urllib.parse import quote
 
-import grpc
 import structlog
 
 from relay import bridge, dialect, quota
-from relay.call import Call, Payload, Reply, Wire
-from relay.fleet import BY_GRPC, GRPC_SERVICE, Kind, Method
-from relay.refusal import Reason, Refusal
-from relay.wires import client_certificate, grpc_adapter
-from relay.wires.forwarded import NO_CLAIMS, Claims
-from relay.wires.grpc_message import Incoming, Message, Messages
+from relay.call import Payload, Wire
+from relay.fleet import BY_GRPC, GRPC_SERVICE, Method
+from relay.limits import Pace, Peers
+from relay.refusal import NodeGone, Reason, Refusal
+from relay.wires import grpc_adapter
+from relay.wires.grpc_message import PREFIX, WHOLE, too_large
+from relay.wires.grpc_request import OBJECTS, Receiver
 from relay.wires.grpc_rpc import Rpc
+from relay.wires.hpack import encode
+from relay.wires.http2 import Code
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
-    from grpc import aio
-
-    from relay.call import Metadata
+    from relay.call import Call, Metadata, Reply
     from relay.pipeline import Handler
     from relay.quota import Quota
-    from relay.wires.forwarded import Forwarding
-    from relay.wires.grpc_tasks import RpcTask
+    from relay.wires.http2_stream import Stream
 
 log = structlog.get_logger("relay.wires.grpc")
 
 #: What gRPC can count: Flower sets the same (`GRPC_MAX_MESSAGE_LENGTH`).
 MOST_BYTES = 2**31 - 1
-#: Seconds that nodes wait: 5 for a heartbeat (flwr `HEARTBEAT_CALL_TIMEOUT`), for ever else. A push session
-#: lives for 180 s, and longer than that nobody needs an object.
-_HEARTBEAT_SECONDS = 5.0
-_OBJECT_SECONDS = 180.0
-#: We give up a little before the node does, so that it gets our answer and not its own timeout.
-_SHARE = 0.95
 #: Most bytes of an answer's headers that are passed on: with the status they come to less than 8 KiB.
 _MOST_TRAILING = 4096
-
-_OBJECTS = frozenset({Method.PULL_OBJECT, Method.PUSH_OBJECT})
-#: Methods whose call takes a share of the quota before its message is received.
-_LONG = _OBJECTS | {Method.PUSH_MESSAGES}
-_VIA = (b"via", b"2 flwr-relay")
-_OURS: Metadata = [bridge.CONTENT_TYPE, (b"accept", bridge.CONTENT_TYPE[1]), _VIA]
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_TAKEN = client_certificate.NAMES | frozenset(
-    {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-request-id"}
-)
 #: Methods that ended with flwr 1.22: nodes of then are too old for every SuperLink that is served here.
 _ANCIENT = frozenset({"CreateNode", "DeleteNode", "Ping", "PullTaskIns", "PushTaskRes", "Reconnect"})
 
+#: The numbers of gRPC's statuses, by their names.
+CODES = {
+    name: number
+    for number, name in enumerate(
+        (
+            "OK",
+            "CANCELLED",
+            "UNKNOWN",
+            "INVALID_ARGUMENT",
+            "DEADLINE_EXCEEDED",
+            "NOT_FOUND",
+            "ALREADY_EXISTS",
+            "PERMISSION_DENIED",
+            "RESOURCE_EXHAUSTED",
+            "FAILED_PRECONDITION",
+            "ABORTED",
+            "OUT_OF_RANGE",
+            "UNIMPLEMENTED",
+            "INTERNAL",
+            "UNAVAILABLE",
+            "DATA_LOSS",
+            "UNAUTHENTICATED",
+        )
+    )
+}
+_TYPE = b"application/grpc"
+_ADAPTER = grpc_adapter.PATH.encode()
+_HEAD: Metadata = [(b":status", b"200"), (b"content-type", _TYPE)]
+_OK: Metadata = [(b"grpc-status", b"0")]
+HEAD = encode(_HEAD)
+OK = encode(_OK)
+_UNIMPLEMENTED = encode([*_HEAD, (b"grpc-status", b"12"), (b"grpc-message", b"Method not found!")])
+_NO_GRPC = encode([(b":status", b"415")])
+_NO_POST = encode([(b":status", b"405"), (b"allow", b"POST")])
+#: What may stand in `grpc-message` as it is: printable ASCII but for the sign of escapes.
+_PLAIN = bytes(byte for byte in range(0x20, 0x7F) if byte != ord("%")).decode()
+
+
+class _CutError(Exception):
+    """The answer broke off after its head was written."""
+
 
 class GrpcFront:
-    """The node-facing side of one listener, as grpc.aio's generic handler.
+    """The node-facing side of one listener.
 
     Attributes:
-        stray: counts what was no call.
+        limits: what nodes may cost.
+        peers: counts what each peer has here, if that is limited.
         held: what long messages take their share of.
-        messages: those that are waited for.
+        stray: counts what was no call.
         in_flight: calls that have come and not ended.
-        left: those of them whose node is gone.
+        left: tasks of those whose node is gone.
         cutting: set it when calls are about to be cut.
+        idle_timeout: seconds after which a node that takes nothing of its answer is given up.
     """
 
     def __init__(
         self,
         handlers: Mapping[tuple[Wire, Method], Handler],
-        forwarding: Forwarding,
+        receiver: Receiver,
         held: Quota,
-        messages: Messages,
         *,
-        tls: bool,
+        idle_timeout: float,
         on_stray: Callable[[str], None],
         admit: Callable[[Call], Awaitable[None]] | None = None,
-        withheld: frozenset[bytes] = frozenset(),
     ) -> None:
         """Serve `handlers`.
 
         Args:
             handlers: the composed chains; of wires that are gRPC.
-            forwarding: what to believe of proxies.
+            receiver: makes the calls.
             held: what long messages take their share of.
-            messages: what they must keep to.
-            tls: whether the listener is encrypted.
+            idle_timeout: seconds after which a node that takes nothing of its answer is given up.
             on_stray: told about each call that is none of ours, with what it got.
             admit: finds out who calls, or raises Refusal, where that cannot wait for the chain: the adapter's
                 calls must be received before it is known which chain is theirs.
-            withheld: names in lower case of metadata that no call shall have.
         """
-        self._not_passed = _TAKEN | withheld
-        self._forwarding = forwarding
-        self.held = held
-        self.messages = messages
-        self._tls = tls
+        self._receiver = receiver
         self._admit = admit
+        self.limits = receiver.limits
+        per_peer = self.limits.connections_per_peer
+        self.peers = Peers(per_peer) if per_peer else None
+        self.held = held
+        self.idle_timeout = idle_timeout
         self.stray = on_stray
         self.in_flight = 0
-        self.left: set[RpcTask] = set()
+        self.left: set[asyncio.Task[None]] = set()
         self.cutting = False
-        self._id_start = os.urandom(6).hex()
-        self._ids = count(1)
         self._adapted = {
             method: handler for (wire, method), handler in handlers.items() if wire is not Wire.GRPC
         }
-        # They are unary calls all the same: on the wire there is no difference, and here a message is
-        # received when we want it.
-        self._methods = {
-            method.grpc: grpc.stream_unary_rpc_method_handler(partial(self._one, method, handler))
+        self._routes = {
+            method.grpc.encode(): (method, handler)
             for (wire, method), handler in handlers.items()
             if wire is Wire.GRPC
         }
-        if self._adapted:
-            self._methods[grpc_adapter.PATH] = grpc.stream_unary_rpc_method_handler(self._adapter)
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """Return what serves this path; None if it is not Flower's, which gRPC answers with UNIMPLEMENTED."""
-        known = self._methods.get(details.method)
-        if known is not None:
-            return known
-        path: str = details.method
-        if path.startswith(GRPC_SERVICE) or path == grpc_adapter.PATH:
-            return grpc.stream_unary_rpc_method_handler(partial(self._unknown, path))
-        self.stray("unimplemented")
-        return None
+    def trusts(self, peer: str) -> bool:
+        """Return whether a peer is a proxy that is believed."""
+        return self._receiver.forwarding.trusts(peer)
 
-    # -- one call -----------------------------------------------------------------------------------
+    # -- one stream ---------------------------------------------------------------------------------
 
-    async def _one(
-        self,
-        method: Method,
-        handler: Handler,
-        _: AsyncIterator[bytes],
-        context: aio.ServicerContext[bytes, bytes],
-    ) -> bytes:
-        rpc = Rpc(self, context)
-        call = self._call(rpc, Wire.GRPC, method, context)
-        rpc.begin(call)
-        return await self._answer(rpc, call, handler, context)
-
-    async def _adapter(self, _: AsyncIterator[bytes], context: aio.ServicerContext[bytes, bytes]) -> bytes:
-        rpc = Rpc(self, context)
-        # It may turn out to be any of them, and is not longer than this one.
-        call = self._call(rpc, Wire.GRPC_ADAPTER, Method.PUSH_OBJECT, context)
+    async def serve(self, stream: Stream) -> None:
+        """Answer one request. Never raises but when its task is cancelled."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - this is a coroutine
+        rpc = Rpc(self, stream, task)
+        stream.on_gone = rpc.gone
         try:
+            if stream.connection.full:
+                # One that only asks on would fill the memory.
+                await stream.caught_up(self._pace(), self.idle_timeout)
+            await self._serve(rpc, stream)
+        except NodeGone:
+            self._lost(rpc)
+        except asyncio.CancelledError:
+            self._lost(rpc)
+            raise
+        finally:
+            stream.on_gone = None
+            rpc.close()
+
+    def _lost(self, rpc: Rpc) -> None:
+        """Take note that the node is gone, or the call cut."""
+        if rpc.call is None:
+            self.stray("node_gone")  # no chain has run that would count it
+        rpc.end("node_gone", lost=rpc.reply is not None)
+        rpc.stream.reset(Code.CANCEL)
+
+    async def _serve(self, rpc: Rpc, stream: Stream) -> None:
+        asked = stream.asked
+        if asked.method != b"POST" or not _is_grpc(asked.fields):
+            posted = asked.method == b"POST"
+            self.stray("415" if posted else "405")
+            stream.head(_NO_GRPC if posted else _NO_POST, last=True)
+            return
+        route = self._routes.get(asked.path)
+        if route is not None:
+            method, handler = route
+            call = self._receiver.call(stream, Wire.GRPC, method)
+            rpc.begin(call)
+            await self._answer(rpc, call, handler)
+        elif asked.path == _ADAPTER and self._adapted:
+            await self._adapter(rpc, stream)
+        else:
+            self._no_call(stream, asked.path.decode("utf-8", "replace"))
+
+    async def _adapter(self, rpc: Rpc, stream: Stream) -> None:
+        # It may turn out to be any of them, and is not longer than this one.
+        call = self._receiver.call(stream, Wire.GRPC_ADAPTER, Method.PUSH_OBJECT)
+        try:
+            if call.fault is not None:
+                raise call.fault
             if self._admit is not None:
                 await self._admit(call)
+            if call.payload.data is None:
+                call.payload = Payload(body=rpc.growing(call.payload))
             container = await call.payload.read(MOST_BYTES)
         except Refusal as refusal:
             self.stray(refusal.reason.value)
-            return await self._render(call.wire, refusal.reason, None, context)
+            self._render(stream, call.wire, refusal.reason, None)
+            return
         method, name, data = grpc_adapter.unpack(container)
         if method is None:
-            return await self._unsupported(Wire.GRPC_ADAPTER, name, context)
-        call.method, call.payload = method, Payload(data)
-        call.deadline = time.monotonic() + _SHARE * _patience(call.wire, method, context.time_remaining())
+            self._unsupported(stream, Wire.GRPC_ADAPTER, name)
+            return
+        self._receiver.turns_out(call, stream, method, data)
         rpc.begin(call)
-        limit = self.messages.limits.bodies[method]
+        limit = self.limits.bodies[method]
         if len(data) > limit:
-            detail = f"{len(data)} bytes, at most {limit}"
-            call.fault = Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
-        try:
-            # It is here already, but what is made of it must wait.
-            await rpc.grow(max(quota.GUESS, len(data)) if method in _OBJECTS else len(data))
-        except Refusal as refusal:
-            call.fault = refusal
-        return await self._answer(rpc, call, self._adapted[method], context)
+            call.fault = too_large(len(data), limit)
+        elif method in OBJECTS:
+            try:
+                # It is here already, but what is made of it must wait.
+                await rpc.grow(max(quota.GUESS, len(data)))
+            except Refusal as refusal:
+                call.fault = refusal
+        await self._answer(rpc, call, self._adapted[method])
 
-    async def _answer(
-        self, rpc: Rpc, call: Call, handler: Handler, context: aio.ServicerContext[bytes, bytes]
-    ) -> bytes:
-        """Answer the call, or abort it as the dialect says."""
+    async def _answer(self, rpc: Rpc, call: Call, handler: Handler) -> None:
+        """Answer the call, by the chain or by what the dialect says. Raises NodeGone."""
+        if self.peers is not None and self.trusts(rpc.stream.connection.peer):
+            self.peers.enter_call(call)
         try:
-            if call.method.kind is Kind.PULL:
-                rpc.outlast(call)
-            data = await self._ask(rpc, call, handler)
+            await self._receive(rpc, call)
+            reply = rpc.reply = await handler(call)
+            outcome, sent = await self._write(rpc, call, reply)
         except Refusal as refusal:
-            return await self._refused(rpc, call, refusal, context)
+            rpc.end(refusal.reason.value, refusal=refusal)
+            self._refused(rpc, call, refusal.reason)
+        except NodeGone:
+            raise
+        except _CutError as error:
+            rpc.end("cut", lost=True)
+            log.warning(
+                "answer broke off", method=call.method.rpc, request_id=call.request_id, error=str(error)
+            )
+            rpc.stream.reset(Code.REFUSED_STREAM)
         except Exception as error:
             # A bug of ours must not reach a node as UNKNOWN.
             log.exception("call failed", method=call.method.rpc, request_id=call.request_id)
-            return await self._refused(rpc, call, Refusal(Reason.INTERNAL, repr(error)), context)
-        reply = rpc.reply
-        assert reply is not None  # noqa: S101 - it has just been asked for its bytes
-        if rpc.left:
-            return b""  # gRPC knows that nobody waits for it
-        rpc.sent = len(data)
-        trailing = bridge.to_metadata(reply.metadata)
-        if dropped := bridge.bounded(trailing, _MOST_TRAILING):
+            rpc.end(Reason.INTERNAL.value, refusal=Refusal(Reason.INTERNAL, repr(error)))
+            self._refused(rpc, call, Reason.INTERNAL)
+        else:
+            rpc.end(outcome, sent=sent)
+
+    async def _receive(self, rpc: Rpc, call: Call) -> None:
+        """Read a small message whole."""
+        payload = call.payload
+        if call.fault is not None or payload.data is not None:
+            return
+        most = self.limits.bodies[call.method] if payload.size is None else payload.size
+        if most > WHOLE:
+            return
+        before = asyncio.get_running_loop().time()
+        try:
+            await payload.read(WHOLE)
+        except Refusal as refusal:
+            call.fault = refusal
+        # A node's patience begins when it has sent its call.
+        call.deadline += asyncio.get_running_loop().time() - before
+
+    # -- answers ------------------------------------------------------------------------------------
+
+    async def _write(self, rpc: Rpc, call: Call, reply: Reply) -> tuple[str, int]:
+        """Write the reply; return its outcome, and the bytes of its body.
+
+        Raises:
+            Refusal: the answer is of no use, and nothing of it was written.
+            NodeGone: the node left, or took next to nothing.
+            _CutError: the body broke off.
+        """
+        stream, payload = rpc.stream, reply.payload
+        trailing = bridge.to_fields(reply.metadata) if reply.metadata else []
+        if trailing and (dropped := bridge.bounded_fields(trailing, _MOST_TRAILING)):
             log.info(
                 "headers of an answer are too long for gRPC", dropped=dropped, request_id=call.request_id
             )
-        if reply.status != 200:
-            rpc.outcome = f"upstream_{reply.status}"
-            trailing.append(("x-request-id", call.request_id))
-            await context.abort(*_status(reply.status, data), tuple(trailing))
-        rpc.outcome = "ok"
-        if trailing:
-            context.set_trailing_metadata(tuple(trailing))
-        return data if call.wire is Wire.GRPC else grpc_adapter.pack(call.method, data)
+        if reply.status != 200 or payload.data is not None or payload.size is None or rpc.left:
+            data = await self._whole(rpc, payload)
+            if rpc.left:
+                return "node_gone", 0
+            rpc.answering = True
+            if reply.status != 200:
+                trailing.append((b"x-request-id", call.request_id.encode("ascii")))
+                code, details = _status(reply.status, data)
+                stream.head(_status_block(code, details, trailing), last=True)
+                return f"upstream_{reply.status}", 0
+            start = self._start(call, len(data))
+            trailers = encode([*_OK, *trailing]) if trailing else OK
+            if len(data) <= WHOLE and stream.answer(HEAD, start + data, trailers):
+                return "ok", len(data)
+            stream.head(HEAD)
+            await stream.send(start, data, pace=self._pace(), idle_timeout=self.idle_timeout)
+            stream.head(trailers, last=True)
+            return "ok", len(data)
+        rpc.answering = True
+        stream.head(HEAD)
+        sent = await self._pass_on(rpc, call, payload, payload.size)
+        stream.head(encode([*_OK, *trailing]) if trailing else OK, last=True)
+        return "ok", sent
 
-    async def _ask(self, rpc: Rpc, call: Call, handler: Handler) -> bytes:
-        """Return the answer's bytes. Raises what the chain raises."""
+    async def _pass_on(self, rpc: Rpc, call: Call, payload: Payload, size: int) -> int:
+        """Write a body of known length as it comes."""
+        sent, pace = 0, self._pace()
+        start = self._start(call, size)
         try:
-            reply = rpc.reply = await handler(call)
-            return await self._whole(rpc, reply)
-        finally:
-            call.payload.close()
-            if rpc.reply is not None:
-                rpc.reply.payload.close()
+            async for piece in payload.stream():
+                sent += len(piece)
+                if sent > size:
+                    break
+                if start:
+                    await rpc.stream.send(start, piece, pace=pace, idle_timeout=self.idle_timeout)
+                    start = b""
+                else:
+                    await rpc.stream.send(piece, pace=pace, idle_timeout=self.idle_timeout)
+        except NodeGone:
+            raise
+        except Refusal as refusal:
+            raise _CutError(str(refusal)) from refusal
+        except Exception as error:
+            # Whatever it was: the head is written, so nothing else may follow it.
+            log.exception("call failed", method=call.method.rpc, request_id=call.request_id)
+            raise _CutError(repr(error)) from error
+        if sent != size:
+            raise _CutError(f"{sent} bytes of {size} came")
+        if start:
+            await rpc.stream.send(start, pace=pace, idle_timeout=self.idle_timeout)
+        return sent
 
-    async def _whole(self, rpc: Rpc, reply: Reply) -> bytes:
-        """Return the answer's bytes. Raises Refusal: nothing has been sent yet, so the node can be told."""
-        payload, size = reply.payload, reply.payload.size
-        data = payload.data
+    async def _whole(self, rpc: Rpc, payload: Payload) -> bytes:
+        """Return the answer's bytes. Raises Refusal."""
+        data, size = payload.data, payload.size
         if data is None:
             if size is None:
                 payload = Payload(body=rpc.growing(payload))
-            elif size <= rpc.share.size:
-                rpc.settle(size)
             else:
                 await rpc.grow(size)
             data = await payload.read(MOST_BYTES)
             if size not in (None, len(data)):
                 raise Refusal(Reason.UPSTREAM_BAD_ANSWER, f"{len(data)} bytes of {size} came", by="wire")
-        if len(data) > quota.GUESS:
-            rpc.settle(len(data))
         return data
 
-    async def _refused(
-        self, rpc: Rpc, call: Call, refusal: Refusal, context: aio.ServicerContext[bytes, bytes]
-    ) -> bytes:
-        rpc.outcome, rpc.refusal = refusal.reason.value, refusal
-        if rpc.left:
-            return b""
-        rpc.reply = None
-        trailing = (("x-request-id", call.request_id),)
-        return await self._render(call.wire, refusal.reason, call.method, context, trailing)
+    def _start(self, call: Call, size: int) -> bytes:
+        """Return what stands before an answer of so many bytes."""
+        if call.wire is Wire.GRPC:
+            return PREFIX.pack(0, size)
+        before = grpc_adapter.head(call.method, size)
+        return PREFIX.pack(0, len(before) + size) + before
 
-    async def _render(
+    def _refused(self, rpc: Rpc, call: Call, reason: Reason) -> None:
+        if not rpc.left:
+            trailing = [(b"x-request-id", call.request_id.encode("ascii"))]
+            self._render(rpc.stream, call.wire, reason, call.method, trailing)
+
+    def _render(
         self,
+        stream: Stream,
         wire: Wire,
         reason: Reason,
         method: Method | None,
-        context: aio.ServicerContext[bytes, bytes],
-        trailing: tuple[tuple[str, str], ...] = (),
-    ) -> bytes:
+        trailing: Metadata | None = None,
+    ) -> None:
         """Tell the node what the dialect says."""
+        if stream.gone:
+            return
+        trailing = trailing or []
         match dialect.answer(wire, reason, method):
             case dialect.Empty() | dialect.Hold():
-                context.set_trailing_metadata(trailing)
-                return grpc_adapter.pack(method, b"") if method and wire is Wire.GRPC_ADAPTER else b""
+                data = grpc_adapter.head(method, 0) if method and wire is Wire.GRPC_ADAPTER else b""
+                message = PREFIX.pack(0, len(data)) + data
+                if not stream.answer(HEAD, message, encode([*_OK, *trailing])):
+                    stream.reset(Code.REFUSED_STREAM)  # it takes not even that
             case dialect.Abort(code):
                 # Never the detail: flwr gives up on UNAVAILABLE that speaks of a failed handshake.
-                await context.abort(grpc.StatusCode[code], reason.value, trailing)
+                stream.head(_status_block(code, reason.value, trailing), last=True)
             case dialect.Status() | dialect.Drop():  # no gRPC wire is told these
-                await context.abort(grpc.StatusCode.UNAVAILABLE, reason.value, trailing)
+                stream.head(_status_block("UNAVAILABLE", reason.value, trailing), last=True)
             case never:
                 assert_never(never)
-        raise AssertionError
 
-    async def _unknown(
-        self, path: str, _: AsyncIterator[bytes], context: aio.ServicerContext[bytes, bytes]
-    ) -> bytes:
-        wire = Wire.GRPC_ADAPTER if path == grpc_adapter.PATH else Wire.GRPC
-        return await self._unsupported(wire, path, context, BY_GRPC.get(path))
+    def _no_call(self, stream: Stream, path: str) -> None:
+        """Answer what is no call of an enabled wire: a stray client, or a node of an unknown version."""
+        if path == grpc_adapter.PATH:
+            self._unsupported(stream, Wire.GRPC_ADAPTER, path)
+        elif path.startswith(GRPC_SERVICE):
+            self._unsupported(stream, Wire.GRPC, path, BY_GRPC.get(path))
+        else:
+            self.stray("unimplemented")
+            stream.head(_UNIMPLEMENTED, last=True)
 
-    async def _unsupported(
-        self,
-        wire: Wire,
-        name: str,
-        context: aio.ServicerContext[bytes, bytes],
-        method: Method | None = None,
-    ) -> bytes:
-        """Answer what is no call of an enabled wire: a node of an unknown version, or on the wrong port."""
+    def _unsupported(self, stream: Stream, wire: Wire, name: str, method: Method | None = None) -> None:
+        """Answer a node of an unknown version, or on the wrong port."""
         self.stray(Reason.UNSUPPORTED.value)
         ancient = name.rpartition("/")[2].removesuffix("Request") in _ANCIENT
         log.info(
@@ -292,101 +403,31 @@ class GrpcFront:
             if ancient
             else "no such Fleet method on this listener",
             path=name[:100],
-            peer=_address(context.peer()),
+            peer=stream.connection.peer,
         )
-        return await self._render(wire, Reason.UNSUPPORTED, method, context)
+        self._render(stream, wire, Reason.UNSUPPORTED, method)
 
-    # -- what a call is -----------------------------------------------------------------------------
-
-    def _call(
-        self,
-        rpc: Rpc,
-        wire: Wire,
-        method: Method,
-        context: aio.ServicerContext[bytes, bytes],
-    ) -> Call:
-        taken: dict[bytes, bytes] = {}
-        metadata: Metadata = []
-        not_passed = self._not_passed
-        came = context.invocation_metadata() or ()
-        size = longest = 0
-        for pair in bridge.to_headers(came):
-            name = pair[0]
-            size += (length := len(name) + len(pair[1]))
-            longest = max(longest, length)
-            if name in not_passed:
-                taken[name] = taken[name] + b"," + pair[1] if name in taken else pair[1]
-            else:
-                metadata.append(pair)
-        given = taken.pop(b"x-request-id", b"")
-        claims = NO_CLAIMS
-        if taken:
-            claims = Claims(
-                taken.get(b"forwarded", b""),
-                taken.get(b"x-forwarded-for", b""),
-                taken.get(b"x-forwarded-proto", b""),
-                taken.get(b"x-forwarded-host", b""),
-            )
-        sender = context.peer()
-        self.messages.arrivals.head(sender, size)
-        direct = _address(sender)
-        peer, way = self._forwarding.resolve(direct, b"", claims, tls=self._tls)
-        shown = taken.get(self._forwarding.certificate_header, b"")
-        request_id = given.decode("ascii") if _REQUEST_ID.fullmatch(given) else self._new_id()
-        metadata += [pair for pair in way if pair[1]]
-        metadata.append((b"x-request-id", request_id.encode("ascii")))
-        metadata += _OURS
-        remaining = context.time_remaining()
-        rpc.patient = remaining is None
-        body = Incoming(self.messages, rpc, context, sender, self.messages.limits.bodies[method])
-        body.waits = wire is Wire.GRPC and method in _LONG
-        return Call(
-            method,
-            wire,
-            metadata,
-            Message(body),
-            peer=peer,
-            request_id=request_id,
-            started=rpc.started,
-            deadline=rpc.started + _SHARE * _patience(wire, method, remaining),
-            fault=self._too_much(len(came), longest, size),
-            certificate=self._forwarding.certificate(direct, shown, None) if shown else None,
-        )
-
-    def _too_much(self, count: int, longest: int, size: int) -> Refusal | None:
-        limits = self.messages.limits
-        if count <= limits.header_count and longest <= limits.header_size and size <= limits.head_size:
-            return None
-        detail = f"{count} headers of {size} bytes, the longest of {longest}: see limits.header_count"
-        return Refusal(Reason.TOO_LARGE, detail, by="wire", sent=False)
-
-    def _new_id(self) -> str:
-        return f"{self._id_start}-{next(self._ids):x}"
+    def _pace(self) -> Pace:
+        return Pace(self.limits.min_rate, self.limits.rate_window)
 
 
-def _patience(wire: Wire, method: Method, remaining: float | None) -> float:
-    """Return the seconds that a node may be kept waiting, at most what it says itself."""
-    if method.kind is Kind.HEARTBEAT:
-        own = _HEARTBEAT_SECONDS
-    elif method in _OBJECTS or (wire is Wire.GRPC_ADAPTER and method.kind is not Kind.PULL):
-        own = _OBJECT_SECONDS  # the adapter's nodes survive no better answer than a late one
-    else:
-        own = dialect.HOLD_SECONDS
-    return own if remaining is None else min(own, remaining)
+def _is_grpc(fields: Metadata) -> bool:
+    for name, value in fields:
+        if name == b"content-type":
+            return value == _TYPE or value.startswith((_TYPE + b"+", _TYPE + b";"))
+    return False
 
 
-def _status(status: int, data: bytes) -> tuple[Any, str]:
+def _status(status: int, data: bytes) -> tuple[str, str]:
     """Return the status that means this to a gRPC node, and its details."""
-    code = grpc.StatusCode[bridge.code_of(status)]
-    if code is grpc.StatusCode.UNAVAILABLE:
+    code = bridge.code_of(status)
+    if code == "UNAVAILABLE":
         return code, f"upstream {status}"  # see `_render`
     return code, bridge.details(data)
 
 
-@lru_cache(maxsize=4096)
-def _address(peer: str) -> str:
-    """Take scheme and port off a peer: `ipv4:192.0.2.7:4711`, `ipv6:%5B2001:db8::7%5D:4711`."""
-    scheme, _, rest = peer.partition(":")
-    if scheme == "ipv6":
-        return rest.replace("%5B", "[").replace("%5D", "]").rpartition(":")[0].strip("[]")
-    return rest.rpartition(":")[0] if scheme == "ipv4" else ""
+def _status_block(code: str, details: str, trailing: Metadata) -> bytes:
+    """Return the head of an answer that is nothing but a status."""
+    message = quote(details, safe=_PLAIN).encode("ascii")
+    status = b"%d" % CODES[code]
+    return encode([*_HEAD, (b"grpc-status", status), (b"grpc-message", message), *trailing])

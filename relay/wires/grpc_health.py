@@ -1,7 +1,7 @@
 """The standard health service of gRPC, `grpc.health.v1.Health`, without a look at what is asked.
 
-All services of a listener are as well as it is, so the name in the question decides nothing. It is not even
-received: grpcio-health-checking would take 2 GiB of it from anybody.
+All services of a listener are as well as it is, so the name in the question decides nothing, and is not even
+read.
 
 Source: https://github.com/grpc/grpc/blob/master/doc/health-checking.md
 """
@@ -12,17 +12,22 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import grpc
+from relay.wires.grpc_fleet import HEAD, OK
+from relay.wires.grpc_message import PREFIX
+from relay.wires.http2 import Code
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from relay.wires.http2_stream import Stream
 
 #: HealthCheckResponse with this status.
 SERVING = b"\x08\x01"
 NOT_SERVING = b"\x08\x02"
 
+CHECK = b"/grpc.health.v1.Health/Check"
+WATCH = b"/grpc.health.v1.Health/Watch"
 
-class Health(grpc.GenericRpcHandler):  # type: ignore[misc]
+
+class Health:
     """Says whether calls are welcome. Must be made inside the running loop."""
 
     def __init__(self, watch_seconds: float) -> None:
@@ -31,14 +36,6 @@ class Health(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._status = SERVING
         self._news = asyncio.Event()
         self._closed = asyncio.Event()
-        self._methods = {
-            "/grpc.health.v1.Health/Check": grpc.stream_unary_rpc_method_handler(self._check),
-            "/grpc.health.v1.Health/Watch": grpc.stream_stream_rpc_method_handler(self._watch),
-        }
-
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """Return what serves this path; None if it is not of this service."""
-        return self._methods.get(details.method)
 
     def leave(self) -> None:
         """Say NOT_SERVING from here on."""
@@ -50,19 +47,30 @@ class Health(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._closed.set()
         self._news.set()
 
-    # What is asked would be received by reading its context, or the iterator, and only then.
+    def check(self, stream: Stream) -> None:
+        """Tell the status."""
+        if not stream.answer(HEAD, _message(self._status), OK):
+            stream.reset(Code.REFUSED_STREAM)
 
-    async def _check(self, _: AsyncIterator[bytes], __: object) -> bytes:
-        return self._status
-
-    async def _watch(self, _: AsyncIterator[bytes], __: object) -> AsyncIterator[bytes]:
+    async def watch(self, stream: Stream) -> None:
         """Tell the status, and the next one when it comes."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - this is a coroutine
+        stream.on_gone = task.cancel
         end = asyncio.get_running_loop().time() + self._watch_seconds
-        yield (told := self._status)
+        stream.head(HEAD)
+        stream.tell(_message(told := self._status))
         await _wait(self._news, end)
         if self._status != told:
-            yield self._status
+            stream.tell(_message(self._status))
         await _wait(self._closed, end)
+        stream.on_gone = None
+        if not stream.gone:
+            stream.head(OK, last=True)
+
+
+def _message(status: bytes) -> bytes:
+    return PREFIX.pack(0, len(status)) + status
 
 
 async def _wait(event: asyncio.Event, end: float) -> None:

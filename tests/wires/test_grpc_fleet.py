@@ -18,7 +18,6 @@ from relay.fleet import Kind, Method
 from relay.quota import GUESS
 from relay.refusal import Reason, Refusal
 from relay.wires import grpc_adapter
-from relay.wires.grpc_fleet import _address
 from tests.grpc_served import Served, serve_grpc
 
 if TYPE_CHECKING:
@@ -126,22 +125,6 @@ async def test_a_call_ends_before_its_node_gives_up(
     assert low < served.calls[0].deadline - served.calls[0].started < high
     assert math.isfinite(served.calls[0].started)
 
-
-@pytest.mark.parametrize(
-    ("peer", "address"),
-    [
-        ("ipv4:192.0.2.7:4711", "192.0.2.7"),
-        ("ipv6:%5B2001:db8::7%5D:4711", "2001:db8::7"),
-        ("ipv6:[::1]:4711", "::1"),
-        ("unix:/run/x", ""),
-        ("", ""),
-    ],
-)
-def test_a_peer_is_an_address(peer: str, address: str) -> None:
-    assert _address(peer) == address
-
-
-# -- the answer -----------------------------------------------------------------------------------------
 
 
 async def test_metadata_of_the_answer_reaches_the_node_but_not_what_is_of_http(
@@ -270,7 +253,7 @@ async def test_a_refusal_is_told_as_the_dialect_says(
             assert (answered.code, answered.details) == (given.code, reason.value)
         else:
             assert answered.code == "OK"
-            assert answered.data == (b"" if wire is Wire.GRPC else grpc_adapter.pack(method, b""))
+            assert answered.data == (b"" if wire is Wire.GRPC else grpc_adapter.head(method, 0))
         assert answered.trailing["x-request-id"] == served.calls[-1].request_id
     ending = await served.ending(2)
     assert (ending.outcome, ending.source) == (reason.value, None)
@@ -522,7 +505,7 @@ async def test_the_adapter_carries_each_method(
 ) -> None:
     served = await serve(echo)
     answered = await served.node.ask(grpc_adapter.PATH, contained(method))
-    assert (answered.code, answered.data) == ("OK", grpc_adapter.pack(method, REQUEST))
+    assert (answered.code, answered.data) == ("OK", grpc_adapter.head(method, len(REQUEST)) + REQUEST)
     await served.ending()
     call = served.calls[0]
     assert (call.method, call.wire, call.payload.data) == (method, Wire.GRPC_ADAPTER, REQUEST)

@@ -1,0 +1,442 @@
+"""One HTTP/2 connection of a gRPC client (RFC 9113), as a server sees it.
+
+gRPC's own server costs several times what a small call may, takes messages whole and unbounded, and cannot be
+told to close a connection in good order. Of HTTP/2 gRPC needs little: no push, no priorities, and of the
+answers' heads nothing that would be worth a dynamic table.
+
+A client can have much done here for little (streams that it resets, pings, settings, empty frames). Such
+frames draw on an allowance that answered calls fill up; who has used it up is reset. So is whoever breaks a
+head off or sends one without an end. Never by a GOAWAY that names a fault: what a node makes of those differs
+by version, while a connection that breaks is tried again by all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, cast
+
+import structlog
+
+from relay.tls import handshake_done
+from relay.wires import http2, http2_request
+from relay.wires.hpack import Decoder, HpackError
+from relay.wires.http2 import Code, Http2Error, Setting
+from relay.wires.http2_reader import MOST_DATA, Reader
+from relay.wires.http2_stream import UNASKED, Stream
+from relay.wires.http_sockets import reset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from relay.certificates import Shown
+    from relay.refusal import Refusal
+    from relay.wires.grpc_server import GrpcServer
+
+log = structlog.get_logger("relay.wires.grpc")
+
+#: Calls at a time; further ones are put off by the client itself.
+STREAMS = 1000
+#: Bytes that may be on their way to us; of what has come, each stream bounds its own.
+WINDOW = 16 * 1024 * 1024
+#: A head with more bytes than this multiple of what it may have is not even read to its end.
+_FAR = 2
+#: Frames that cost the client nothing: how many it may send at once, and what fills that up again.
+_ALLOWANCE = 1000
+_PER_SECOND = 100
+_PER_ANSWER = 10
+#: Seconds without a sound after which a client is pinged (some clouds cut connections that were idle for 4
+#: minutes), and for its answer.
+_PING_SECONDS = 210.0
+_PONG_SECONDS = 20.0
+#: Seconds for a client that was told to leave to have heard it, and to be gone.
+_TO_HEAR = 1.0
+_TO_GO = 2.0
+_LEAVE = b"leaving\0"
+_ALIVE = b"alive?\0\0"
+
+
+class Connection(asyncio.Protocol):
+    """See the module.
+
+    Attributes:
+        peer: address of the other end.
+        tls: whether it is encrypted.
+        shown: the certificate that the client has shown.
+        excess: why each call on it is refused, if there are too many connections.
+        transport: what it writes to.
+        room: bytes that the client takes of all answers together.
+        peer_frame: longest frame that it takes.
+        full: whether what was written must first be taken.
+        streams: calls that are not answered yet, by number.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: GrpcServer) -> None:
+        """Serve a client for `server`."""
+        self._server = server
+        self.peer = ""
+        self.tls = False
+        self.shown: Shown | None = None
+        self.excess: Refusal | None = None
+        self.room = http2.FIRST_WINDOW
+        self.peer_frame = http2.FIRST_FRAME
+        self.full = False
+        self.streams: dict[int, Stream] = {}
+        self._decoder = Decoder()
+        self._reader = Reader(self, _FAR * server.front.limits.head_size)
+        self._begun: list[Stream] = []
+        self._highest = 0
+        self._room_each = http2.FIRST_WINDOW
+        self._window = WINDOW
+        self._used = 0
+        self._into: Stream | None = None
+        self._allowance = _ALLOWANCE
+        self._age = server.age()
+        self._born = self._heard = self._idle_since = 0.0
+        self._pinged: float | None = None
+        self._leaving: float | None = None
+        self._refused_from: int | None = None
+        self._closing: float | None = None
+
+    # -- what the event loop tells ------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note once who this is, and say first what is welcome."""
+        self.transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple):
+            self.peer = peer[0].removeprefix("::ffff:")  # an IPv4 node on an IPv6 socket
+        self.tls = transport.get_extra_info("sslcontext") is not None
+        self._born = self._heard = self._idle_since = time.monotonic()
+        self._server.enter(self)
+        if self.tls:
+            if not self._server.admits(self):
+                self.transport.abort()  # a reset: its handshake is not told to be done
+                return
+            handshake_done(transport)
+        limits = self._server.front.limits
+        welcome = {
+            Setting.MAX_CONCURRENT_STREAMS: STREAMS,
+            Setting.INITIAL_WINDOW_SIZE: UNASKED,
+            Setting.MAX_FRAME_SIZE: MOST_DATA,
+            # More than the limit, so that the answer is ours: a client refuses by itself what is longer.
+            Setting.MAX_HEADER_LIST_SIZE: _FAR * limits.head_size,
+        }
+        self.write(http2.settings(welcome) + http2.window_update(0, WINDOW - http2.FIRST_WINDOW))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Have all calls know that their node is gone."""
+        self._server.leave(self)
+        self._closing = self._closing or time.monotonic()
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            stream.lose()
+
+    def pause_writing(self) -> None:
+        """The client takes less than we write."""
+        self.full = True
+
+    def resume_writing(self) -> None:
+        """It has taken enough of it."""
+        self.full = False
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """A client that sends no more wants no more."""
+        return False
+
+    def data_received(self, data: bytes) -> None:
+        """Take the next bytes."""
+        if self._closing is not None:
+            return
+        self._heard = time.monotonic()
+        try:
+            self._reader.take(data)
+            if self._allowance < 0:
+                raise Http2Error(Code.ENHANCE_YOUR_CALM, "too many frames that ask for nothing")
+        except Http2Error as error:
+            self._fail(error)
+            return
+        if self._begun:
+            begun, self._begun = self._begun, []
+            for stream in begun:
+                if not stream.gone:
+                    self._server.start_stream(stream)
+
+    # -- frames -------------------------------------------------------------------------------------
+
+    def data_begins(self, number: int, size: int, padding: int) -> None:
+        """See `Receiver`."""
+        if not number or number > self._highest:
+            raise Http2Error(Code.PROTOCOL_ERROR, "data of no call")
+        self._window -= size
+        if self._window < 0:
+            raise Http2Error(Code.FLOW_CONTROL_ERROR, "more data than was let in")
+        self._used += size
+        if self._used * 2 >= WINDOW:
+            self._window += self._used
+            self.write(http2.window_update(0, self._used))
+            self._used = 0
+        if size <= padding:
+            self._allowance -= 1
+        stream = self.streams.get(number)
+        if stream is not None:
+            if stream.ended or not stream.expects(size):
+                self.reset_stream(stream, Code.STREAM_CLOSED if stream.ended else Code.FLOW_CONTROL_ERROR)
+                stream = None
+            elif padding:
+                stream.used(padding)
+        self._into = stream
+
+    def data(self, piece: bytes) -> None:
+        """See `Receiver`."""
+        if self._into is not None:
+            self._into.feed(piece)
+
+    def data_ends(self, *, last: bool) -> None:
+        """See `Receiver`."""
+        stream, self._into = self._into, None
+        if stream is not None and last and not stream.finish():
+            self.reset_stream(stream, Code.PROTOCOL_ERROR)
+
+    def head(self, number: int, block: bytes, *, ended: bool) -> None:
+        """See `Receiver`."""
+        try:
+            fields, size = self._decoder.decode(block, _FAR * self._server.front.limits.head_size)
+        except HpackError as error:
+            raise Http2Error(Code.COMPRESSION_ERROR, str(error)) from error
+        if number <= self._highest:
+            self._trailers(number, fields, ended=ended)
+            return
+        self._highest = number
+        if self._refused_from is not None and number >= self._refused_from:
+            return  # it was told so, and asks elsewhere
+        self._allowance -= 1  # which its answer gives back
+        if len(self.streams) >= STREAMS:
+            self.write(http2.rst_stream(number, Code.REFUSED_STREAM))
+            return
+        head = http2_request.read(fields, size)
+        if head is None or (ended and head.length):
+            self.write(http2.rst_stream(number, Code.PROTOCOL_ERROR))
+            return
+        stream = Stream(self, number, head, room=self._room_each, ended=ended)
+        self.streams[number] = stream
+        self._begun.append(stream)
+
+    def _trailers(self, number: int, fields: list[tuple[bytes, bytes]], *, ended: bool) -> None:
+        """Take what follows a body; nobody wants it."""
+        stream = self.streams.get(number)
+        if stream is None:
+            # Answered or reset in this moment, or a mistake that is told as one.
+            self._allowance -= 1
+            self.write(http2.rst_stream(number, Code.STREAM_CLOSED))
+        elif stream.ended:
+            self.reset_stream(stream, Code.STREAM_CLOSED)
+        elif not ended or not http2_request.names_are_sound(fields) or not stream.finish():
+            self.reset_stream(stream, Code.PROTOCOL_ERROR)
+
+    def frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        """See `Receiver`."""
+        if kind == http2.WINDOW_UPDATE:
+            self._window_update(number, payload)
+        elif kind == http2.RST_STREAM:
+            self._rst_stream(number, payload)
+        elif kind == http2.SETTINGS:
+            self._settings(flags, number, payload)
+        elif kind == http2.PING:
+            self._ping(flags, number, payload)
+        elif kind == http2.PRIORITY:
+            self._allowance -= 1
+            _sized(payload, 5)
+            if not number:
+                raise Http2Error(Code.PROTOCOL_ERROR, "a priority of no call")
+        elif kind == http2.GOAWAY:
+            if number:
+                raise Http2Error(Code.PROTOCOL_ERROR, "a call that goes away")
+        elif kind == http2.PUSH_PROMISE:
+            raise Http2Error(Code.PROTOCOL_ERROR, "a client that pushes")
+        else:
+            self._allowance -= 1
+
+    # -- control ------------------------------------------------------------------------------------
+
+    def _window_update(self, number: int, payload: bytes) -> None:
+        _sized(payload, 4)
+        more = http2.UINT32.unpack(payload)[0] & http2.MOST_WINDOW
+        if not number:
+            self.room += more
+            if not more or self.room > http2.MOST_WINDOW:
+                code = Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR
+                raise Http2Error(code, f"a window that opens by {more}")
+            if self.streams:
+                self._wake()
+            return
+        stream = self._call(number)
+        if stream is None:
+            return
+        if not more or not stream.widen(more):
+            self.reset_stream(stream, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
+
+    def _rst_stream(self, number: int, payload: bytes) -> None:
+        _sized(payload, 4)
+        stream = self._call(number)
+        if stream is not None:
+            self._forget(stream)
+            stream.lose()
+
+    def _call(self, number: int) -> Stream | None:
+        """Return the stream that a frame is for; None if it is over."""
+        self._allowance -= number not in self.streams
+        if not number or number > self._highest:
+            raise Http2Error(Code.PROTOCOL_ERROR, "a frame of no call")
+        return self.streams.get(number)
+
+    def _settings(self, flags: int, number: int, payload: bytes) -> None:
+        if number:
+            raise Http2Error(Code.PROTOCOL_ERROR, "settings of a call")
+        if flags & http2.ACK:
+            _sized(payload, 0)
+            return
+        self._allowance -= 1
+        for name, value in http2.read_settings(payload):
+            self._set(name, value)
+        self.write(http2.frame(http2.SETTINGS, http2.ACK, 0))
+
+    def _set(self, name: int, value: int) -> None:
+        if name == Setting.INITIAL_WINDOW_SIZE:
+            if value > http2.MOST_WINDOW:
+                raise Http2Error(Code.FLOW_CONTROL_ERROR, f"a window of {value}")
+            more, self._room_each = value - self._room_each, value
+            for stream in self.streams.values():
+                if not stream.widen(more):
+                    raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window beyond all bounds")
+        elif name == Setting.MAX_FRAME_SIZE:
+            if not http2.FIRST_FRAME <= value < 2**24:
+                raise Http2Error(Code.PROTOCOL_ERROR, f"frames of {value}")
+            self.peer_frame = value
+        elif name == Setting.ENABLE_PUSH and value > 1:
+            raise Http2Error(Code.PROTOCOL_ERROR, f"push set to {value}")
+
+    def _ping(self, flags: int, number: int, payload: bytes) -> None:
+        _sized(payload, 8)
+        if number:
+            raise Http2Error(Code.PROTOCOL_ERROR, "a ping of a call")
+        if not flags & http2.ACK:
+            self._allowance -= 1
+            self.write(http2.frame(http2.PING, http2.ACK, 0, payload))
+        elif payload == _LEAVE:
+            self._say_last()
+        elif payload == _ALIVE:
+            self._pinged = None
+
+    # -- its end ------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Tell the client to leave: calls that are under way, or on their way, are still answered."""
+        if self._leaving is None and self._closing is None:
+            self._leaving = time.monotonic()
+            self.write(http2.goaway(http2.LAST_STREAM, Code.NO_ERROR) + http2.frame(http2.PING, 0, 0, _LEAVE))
+
+    def _say_last(self) -> None:
+        """Tell the client which call was the last: it has heard that it is to leave."""
+        if self._leaving is not None and self._refused_from is None:
+            self._refused_from = self._highest + 1
+            self.write(http2.goaway(self._highest, Code.NO_ERROR))
+            self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._refused_from is not None and not self.streams:
+            self.close()
+
+    def close(self) -> None:
+        """Close, once what was written has gone out."""
+        if self._closing is None:
+            self._closing = time.monotonic()
+            self.transport.close()
+
+    def cut(self) -> None:
+        """End it with a reset."""
+        self._closing = self._closing or time.monotonic()
+        reset(self.transport)
+
+    def _fail(self, error: Http2Error) -> None:
+        log.info("not HTTP/2, or broken", peer=self.peer, error=str(error))
+        self._server.front.stray("dropped")
+        if error.code is Code.ENHANCE_YOUR_CALM or not self._reader.is_http2:
+            self.cut()
+        else:
+            self.write(http2.goaway(self._highest, error.code))
+            self.close()
+        for stream in list(self.streams.values()):
+            self._forget(stream)
+            stream.lose()
+
+    def tick(self, now: float) -> None:
+        """See to what takes too long; to be called once a second."""
+        self._allowance = min(self._allowance + _PER_SECOND, _ALLOWANCE)
+        server, late = self._server, now - self._server.front.limits.head_timeout
+        if self._closing is not None:
+            if now - self._closing > _TO_GO:
+                self.cut()
+        elif (not self._reader.greeted and self._born < late) or (
+            self._reader.head_since is not None and self._reader.head_since < late
+        ):
+            self._fail(Http2Error(Code.ENHANCE_YOUR_CALM, "no end of a head in limits.head_timeout"))
+        elif self._leaving is not None:
+            if now - self._leaving > _TO_HEAR:
+                self._say_last()
+        elif now - self._born > self._age or (not self.streams and now - self._idle_since > server.keepalive):
+            self.leave()
+        elif self._pinged is not None and now - max(self._pinged, self._heard) > _PONG_SECONDS:
+            self.cut()
+        elif self._pinged is None and now - self._heard > _PING_SECONDS:
+            self._pinged = now
+            self.write(http2.frame(http2.PING, 0, 0, _ALIVE))
+
+    # -- for streams --------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Send these bytes; to nobody, if the client is gone."""
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def write_all(self, parts: Iterable[bytes | memoryview]) -> None:
+        """Send these one after the other."""
+        if self.transport.is_closing():
+            return
+        if self.tls:
+            self.transport.write(b"".join(parts))  # or each would be a record of its own
+        else:
+            self.transport.writelines(parts)
+
+    def close_stream(self, stream: Stream) -> None:
+        """Let go of a stream whose answer is out."""
+        self._allowance = min(self._allowance + _PER_ANSWER, _ALLOWANCE)
+        if not stream.ended:
+            self.write(http2.rst_stream(stream.number, Code.NO_ERROR))  # the rest is not wanted (8.1)
+        self._forget(stream)
+
+    def reset_stream(self, stream: Stream, code: Code) -> None:
+        """End a stream without an answer."""
+        if stream.number in self.streams:
+            self._allowance -= 1
+            self.write(http2.rst_stream(stream.number, code))
+            self._forget(stream)
+            stream.lose()
+
+    def _forget(self, stream: Stream) -> None:
+        self.streams.pop(stream.number, None)
+        if not self.streams:
+            self._idle_since = time.monotonic()
+            self._close_if_done()
+
+    def _wake(self) -> None:
+        for stream in self.streams.values():
+            stream.wake()
+
+
+def _sized(payload: bytes, size: int) -> None:
+    if len(payload) != size:
+        raise Http2Error(Code.FRAME_SIZE_ERROR, f"{len(payload)} bytes in place of {size}")
