@@ -7,13 +7,16 @@ and a head as well.
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Protocol, cast
 
 from relay.wires import http2
 from relay.wires.http2 import Code, Http2Error
 
 #: Longest DATA frame that is welcome: longer ones than RFC 9113's least save heads in an upload.
 MOST_DATA = 1024 * 1024
+#: Data of less than this is copied out of what it came in. More of it is passed on as a view, which is all
+#: that bodies are used for: joined, measured and written.
+_COPIED = 4096
 
 
 class Receiver(Protocol):
@@ -100,7 +103,12 @@ class Reader:
         end = len(data)
         if self._left and at < end:
             here = min(self._left, end - at)
-            self._data(data[at : at + here] if here < end else data)
+            if here == end:
+                self._data(data)
+            elif here < _COPIED:
+                self._data(data[at : at + here])
+            else:
+                self._data(cast("bytes", memoryview(data)[at : at + here]))
             return at + here
         begin = at + http2.HEAD.size
         if end < begin:

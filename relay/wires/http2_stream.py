@@ -110,7 +110,7 @@ class Stream:
 
     def at_hand(self) -> bytes:
         """Return what has come and was not read, and leave it."""
-        if len(self._pieces) > 1:
+        if len(self._pieces) > 1 or (self._pieces and type(self._pieces[0]) is not bytes):
             whole = b"".join(self._pieces)
             self._pieces.clear()
             self._pieces.append(whole)
