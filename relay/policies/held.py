@@ -1,9 +1,9 @@
 """Hold no more of messages than there is room for, where the SuperLink speaks gRPC.
 
 Towards a SuperLink gRPC takes and gives a message whole, so what a node sends or gets in pieces is held here
-meanwhile. Its share of the quota is taken before the call asks for a place in the SuperLink's queue (`shed`): whoever waits
-for memory must not keep others from the SuperLink. An upload that does not say its length takes more as it
-grows, and is read no further meanwhile. The share is given back when the call has ended.
+meanwhile. Its share of the quota is taken before the call asks for a place in the SuperLink's queue (`shed`):
+whoever waits for memory must not keep others from the SuperLink. An upload that does not say its length takes
+more as it grows, and is read no further meanwhile. The share is given back when the call has ended.
 
 What came in the adapter's containers is its wire's to hold: it needs them whole, whatever the SuperLink
 speaks.

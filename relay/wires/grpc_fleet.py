@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, assert_never
-from urllib.parse import quote
 
 import structlog
 
@@ -22,7 +21,7 @@ from relay.wires import grpc_adapter
 from relay.wires.grpc_message import PREFIX, WHOLE, too_large
 from relay.wires.grpc_request import OBJECTS, Receiver
 from relay.wires.grpc_rpc import Rpc
-from relay.wires.hpack import encode
+from relay.wires.grpc_status import HEAD, NO_GRPC, NO_POST, UNIMPLEMENTED, end, is_grpc, status
 from relay.wires.http2 import Code
 
 if TYPE_CHECKING:
@@ -42,42 +41,7 @@ _MOST_TRAILING = 4096
 #: Methods that ended with flwr 1.22: nodes of then are too old for every SuperLink that is served here.
 _ANCIENT = frozenset({"CreateNode", "DeleteNode", "Ping", "PullTaskIns", "PushTaskRes", "Reconnect"})
 
-#: The numbers of gRPC's statuses, by their names.
-CODES = {
-    name: number
-    for number, name in enumerate(
-        (
-            "OK",
-            "CANCELLED",
-            "UNKNOWN",
-            "INVALID_ARGUMENT",
-            "DEADLINE_EXCEEDED",
-            "NOT_FOUND",
-            "ALREADY_EXISTS",
-            "PERMISSION_DENIED",
-            "RESOURCE_EXHAUSTED",
-            "FAILED_PRECONDITION",
-            "ABORTED",
-            "OUT_OF_RANGE",
-            "UNIMPLEMENTED",
-            "INTERNAL",
-            "UNAVAILABLE",
-            "DATA_LOSS",
-            "UNAUTHENTICATED",
-        )
-    )
-}
-_TYPE = b"application/grpc"
 _ADAPTER = grpc_adapter.PATH.encode()
-_HEAD: Metadata = [(b":status", b"200"), (b"content-type", _TYPE)]
-_OK: Metadata = [(b"grpc-status", b"0")]
-HEAD = encode(_HEAD)
-OK = encode(_OK)
-_UNIMPLEMENTED = encode([*_HEAD, (b"grpc-status", b"12"), (b"grpc-message", b"Method not found!")])
-_NO_GRPC = encode([(b":status", b"415")])
-_NO_POST = encode([(b":status", b"405"), (b"allow", b"POST")])
-#: What may stand in `grpc-message` as it is: printable ASCII but for the sign of escapes.
-_PLAIN = bytes(byte for byte in range(0x20, 0x7F) if byte != ord("%")).decode()
 
 
 class _CutError(Exception):
@@ -174,10 +138,10 @@ class GrpcFront:
 
     async def _serve(self, rpc: Rpc, stream: Stream) -> None:
         asked = stream.asked
-        if asked.method != b"POST" or not _is_grpc(asked.fields):
+        if asked.method != b"POST" or not is_grpc(asked.fields):
             posted = asked.method == b"POST"
             self.stray("415" if posted else "405")
-            stream.head(_NO_GRPC if posted else _NO_POST, last=True)
+            stream.head(NO_GRPC if posted else NO_POST, last=True)
             return
         route = self._routes.get(asked.path)
         if route is not None:
@@ -199,7 +163,7 @@ class GrpcFront:
             if self._admit is not None:
                 await self._admit(call)
             if call.payload.data is None:
-                call.payload = Payload(body=rpc.growing(call.payload))
+                call.payload = Payload(body=rpc.growing(call, call.payload))
             container = await call.payload.read(MOST_BYTES)
         except Refusal as refusal:
             self.stray(refusal.reason.value)
@@ -217,7 +181,7 @@ class GrpcFront:
         elif method in OBJECTS:
             try:
                 # It is here already, but what is made of it must wait.
-                await rpc.grow(max(quota.GUESS, len(data)))
+                await rpc.grow(call, max(quota.GUESS, len(data)))
             except Refusal as refusal:
                 call.fault = refusal
         await self._answer(rpc, call, self._adapted[method])
@@ -262,6 +226,9 @@ class GrpcFront:
             await payload.read(WHOLE)
         except Refusal as refusal:
             call.fault = refusal
+        except (NodeGone, asyncio.CancelledError):
+            self.stray("node_gone")  # no chain has run that would count it
+            raise
         # A node's patience begins when it has sent its call.
         call.deadline += asyncio.get_running_loop().time() - before
 
@@ -282,17 +249,17 @@ class GrpcFront:
                 "headers of an answer are too long for gRPC", dropped=dropped, request_id=call.request_id
             )
         if reply.status != 200 or payload.data is not None or payload.size is None or rpc.left:
-            data = await self._whole(rpc, payload)
+            data = await self._whole(rpc, call, payload)
             if rpc.left:
                 return "node_gone", 0
             rpc.answering = True
             if reply.status != 200:
                 trailing.append((b"x-request-id", call.request_id.encode("ascii")))
                 code, details = _status(reply.status, data)
-                stream.head(_status_block(code, details, trailing), last=True)
+                stream.head(status(code, details, trailing), last=True)
                 return f"upstream_{reply.status}", 0
             start = self._start(call, len(data))
-            trailers = encode([*_OK, *trailing]) if trailing else OK
+            trailers = end(trailing)
             if len(data) <= WHOLE and stream.answer(HEAD, start + data, trailers):
                 return "ok", len(data)
             stream.head(HEAD)
@@ -302,7 +269,7 @@ class GrpcFront:
         rpc.answering = True
         stream.head(HEAD)
         sent = await self._pass_on(rpc, call, payload, payload.size)
-        stream.head(encode([*_OK, *trailing]) if trailing else OK, last=True)
+        stream.head(end(trailing), last=True)
         return "ok", sent
 
     async def _pass_on(self, rpc: Rpc, call: Call, payload: Payload, size: int) -> int:
@@ -333,14 +300,14 @@ class GrpcFront:
             await rpc.stream.send(start, pace=pace, idle_timeout=self.idle_timeout)
         return sent
 
-    async def _whole(self, rpc: Rpc, payload: Payload) -> bytes:
+    async def _whole(self, rpc: Rpc, call: Call, payload: Payload) -> bytes:
         """Return the answer's bytes. Raises Refusal."""
         data, size = payload.data, payload.size
         if data is None:
             if size is None:
-                payload = Payload(body=rpc.growing(payload))
+                payload = Payload(body=rpc.growing(call, payload))
             else:
-                await rpc.grow(size)
+                await rpc.grow(call, size)
             data = await payload.read(MOST_BYTES)
             if size not in (None, len(data)):
                 raise Refusal(Reason.UPSTREAM_BAD_ANSWER, f"{len(data)} bytes of {size} came", by="wire")
@@ -374,13 +341,13 @@ class GrpcFront:
             case dialect.Empty() | dialect.Hold():
                 data = grpc_adapter.head(method, 0) if method and wire is Wire.GRPC_ADAPTER else b""
                 message = PREFIX.pack(0, len(data)) + data
-                if not stream.answer(HEAD, message, encode([*_OK, *trailing])):
+                if not stream.answer(HEAD, message, end(trailing)):
                     stream.reset(Code.REFUSED_STREAM)  # it takes not even that
             case dialect.Abort(code):
                 # Never the detail: flwr gives up on UNAVAILABLE that speaks of a failed handshake.
-                stream.head(_status_block(code, reason.value, trailing), last=True)
+                stream.head(status(code, reason.value, trailing), last=True)
             case dialect.Status() | dialect.Drop():  # no gRPC wire is told these
-                stream.head(_status_block("UNAVAILABLE", reason.value, trailing), last=True)
+                stream.head(status("UNAVAILABLE", reason.value, trailing), last=True)
             case never:
                 assert_never(never)
 
@@ -392,7 +359,7 @@ class GrpcFront:
             self._unsupported(stream, Wire.GRPC, path, BY_GRPC.get(path))
         else:
             self.stray("unimplemented")
-            stream.head(_UNIMPLEMENTED, last=True)
+            stream.head(UNIMPLEMENTED, last=True)
 
     def _unsupported(self, stream: Stream, wire: Wire, name: str, method: Method | None = None) -> None:
         """Answer a node of an unknown version, or on the wrong port."""
@@ -411,23 +378,9 @@ class GrpcFront:
         return Pace(self.limits.min_rate, self.limits.rate_window)
 
 
-def _is_grpc(fields: Metadata) -> bool:
-    for name, value in fields:
-        if name == b"content-type":
-            return value == _TYPE or value.startswith((_TYPE + b"+", _TYPE + b";"))
-    return False
-
-
 def _status(status: int, data: bytes) -> tuple[str, str]:
     """Return the status that means this to a gRPC node, and its details."""
     code = bridge.code_of(status)
     if code == "UNAVAILABLE":
         return code, f"upstream {status}"  # see `_render`
     return code, bridge.details(data)
-
-
-def _status_block(code: str, details: str, trailing: Metadata) -> bytes:
-    """Return the head of an answer that is nothing but a status."""
-    message = quote(details, safe=_PLAIN).encode("ascii")
-    status = b"%d" % CODES[code]
-    return encode([*_HEAD, (b"grpc-status", status), (b"grpc-message", message), *trailing])

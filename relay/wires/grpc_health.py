@@ -12,8 +12,8 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from relay.wires.grpc_fleet import HEAD, OK
 from relay.wires.grpc_message import PREFIX
+from relay.wires.grpc_status import HEAD, OK
 from relay.wires.http2 import Code
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from relay.call import Call, Ending, Reply, Source
@@ -66,23 +67,22 @@ class Rpc:
             self._share = Share(self._front.held)
         return self._share
 
-    async def grow(self, size: int) -> None:
+    async def grow(self, call: Call, size: int) -> None:
         """Have a share of so many bytes, if it is smaller.
 
         Raises:
             Refusal: OVERLOADED if there is none for as long as the node can wait.
         """
         if not self.share.grow_at_once(size):
-            await self._wait(self.share.grow(size))
+            await self._wait(call, self.share.grow(size))
 
-    def growing(self, payload: Payload) -> Growing:
-        """Return a body whose share grows while `payload` comes."""
-        return Growing(payload, self.share, self._wait)
+    def growing(self, call: Call, payload: Payload) -> Growing:
+        """Return a body of `call`, which may not have begun, whose share grows while `payload` comes."""
+        return Growing(payload, self.share, partial(self._wait, call))
 
-    async def _wait(self, taking: Awaitable[None]) -> None:
-        patience = self.call.deadline - time.monotonic() if self.call is not None else None
+    async def _wait(self, call: Call, taking: Awaitable[None]) -> None:
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(call.deadline - time.monotonic()):
                 await taking
         except TimeoutError:
             detail = "limits.max_held bytes are held already"

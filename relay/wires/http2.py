@@ -118,3 +118,9 @@ def unpadded(flags: int, payload: bytes) -> bytes:
     if not payload or payload[0] >= len(payload):
         raise Http2Error(Code.PROTOCOL_ERROR, "more padding than payload")
     return payload[1 : len(payload) - payload[0]]
+
+
+def sized(payload: bytes, size: int) -> None:
+    """Check the length of a payload that has but one. Raises Http2Error."""
+    if len(payload) != size:
+        raise Http2Error(Code.FRAME_SIZE_ERROR, f"{len(payload)} bytes in place of {size}")

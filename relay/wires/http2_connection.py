@@ -13,18 +13,20 @@ by version, while a connection that breaks is tried again by all of them.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import TYPE_CHECKING, cast
 
 import structlog
 
 from relay.tls import handshake_done
-from relay.wires import http2, http2_request
+from relay.wires import http2, http2_leaving, http2_request
 from relay.wires.hpack import Decoder, HpackError
 from relay.wires.http2 import Code, Http2Error, Setting
+from relay.wires.http2_leaving import TO_HEAR, Leaving
 from relay.wires.http2_reader import MOST_DATA, Reader
 from relay.wires.http2_stream import UNASKED, Stream
-from relay.wires.http_sockets import reset
+from relay.wires.http2_wants import Wants
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,10 +51,6 @@ _PER_ANSWER = 10
 #: minutes), and for its answer.
 _PING_SECONDS = 210.0
 _PONG_SECONDS = 20.0
-#: Seconds for a client that was told to leave to have heard it, and to be gone.
-_TO_HEAR = 1.0
-_TO_GO = 2.0
-_LEAVE = b"leaving\0"
 _ALIVE = b"alive?\0\0"
 
 
@@ -66,9 +64,10 @@ class Connection(asyncio.Protocol):
         excess: why each call on it is refused, if there are too many connections.
         transport: what it writes to.
         room: bytes that the client takes of all answers together.
-        peer_frame: longest frame that it takes.
+        wants: what the client has said of itself.
         full: whether what was written must first be taken.
         streams: calls that are not answered yet, by number.
+        highest: number of the last call that has come.
     """
 
     transport: asyncio.Transport
@@ -81,14 +80,13 @@ class Connection(asyncio.Protocol):
         self.shown: Shown | None = None
         self.excess: Refusal | None = None
         self.room = http2.FIRST_WINDOW
-        self.peer_frame = http2.FIRST_FRAME
+        self.wants = Wants()
         self.full = False
         self.streams: dict[int, Stream] = {}
         self._decoder = Decoder()
         self._reader = Reader(self, _FAR * server.front.limits.head_size)
         self._begun: list[Stream] = []
-        self._highest = 0
-        self._room_each = http2.FIRST_WINDOW
+        self.highest = 0
         self._window = WINDOW
         self._used = 0
         self._into: Stream | None = None
@@ -96,9 +94,7 @@ class Connection(asyncio.Protocol):
         self._age = server.age()
         self._born = self._heard = self._idle_since = 0.0
         self._pinged: float | None = None
-        self._leaving: float | None = None
-        self._refused_from: int | None = None
-        self._closing: float | None = None
+        self._leaving = Leaving(self)
 
     # -- what the event loop tells ------------------------------------------------------------------
 
@@ -111,6 +107,8 @@ class Connection(asyncio.Protocol):
         self.tls = transport.get_extra_info("sslcontext") is not None
         self._born = self._heard = self._idle_since = time.monotonic()
         self._server.enter(self)
+        if self.excess is not None:
+            self._age = TO_HEAR  # and its place is soon free
         if self.tls:
             if not self._server.admits(self):
                 self.transport.abort()  # a reset: its handshake is not told to be done
@@ -129,7 +127,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Have all calls know that their node is gone."""
         self._server.leave(self)
-        self._closing = self._closing or time.monotonic()
+        self._leaving.ended()
+        self._reader.close()
         streams, self.streams = self.streams, {}
         for stream in streams.values():
             stream.lose()
@@ -143,13 +142,9 @@ class Connection(asyncio.Protocol):
         self.full = False
         self._wake()
 
-    def eof_received(self) -> bool:
-        """A client that sends no more wants no more."""
-        return False
-
     def data_received(self, data: bytes) -> None:
         """Take the next bytes."""
-        if self._closing is not None:
+        if self._leaving.closed is not None:
             return
         self._heard = time.monotonic()
         try:
@@ -169,7 +164,7 @@ class Connection(asyncio.Protocol):
 
     def data_begins(self, number: int, size: int, padding: int) -> None:
         """See `Receiver`."""
-        if not number or number > self._highest:
+        if not number or number > self.highest:
             raise Http2Error(Code.PROTOCOL_ERROR, "data of no call")
         self._window -= size
         if self._window < 0:
@@ -207,11 +202,12 @@ class Connection(asyncio.Protocol):
             fields, size = self._decoder.decode(block, _FAR * self._server.front.limits.head_size)
         except HpackError as error:
             raise Http2Error(Code.COMPRESSION_ERROR, str(error)) from error
-        if number <= self._highest:
+        if number <= self.highest:
             self._trailers(number, fields, ended=ended)
             return
-        self._highest = number
-        if self._refused_from is not None and number >= self._refused_from:
+        self.highest = number
+        refused_from = self._leaving.refused_from
+        if refused_from is not None and number >= refused_from:
             return  # it was told so, and asks elsewhere
         self._allowance -= 1  # which its answer gives back
         if len(self.streams) >= STREAMS:
@@ -221,7 +217,7 @@ class Connection(asyncio.Protocol):
         if head is None or (ended and head.length):
             self.write(http2.rst_stream(number, Code.PROTOCOL_ERROR))
             return
-        stream = Stream(self, number, head, room=self._room_each, ended=ended)
+        stream = Stream(self, number, head, room=self.wants.window, ended=ended)
         self.streams[number] = stream
         self._begun.append(stream)
 
@@ -249,7 +245,7 @@ class Connection(asyncio.Protocol):
             self._ping(flags, number, payload)
         elif kind == http2.PRIORITY:
             self._allowance -= 1
-            _sized(payload, 5)
+            http2.sized(payload, 5)
             if not number:
                 raise Http2Error(Code.PROTOCOL_ERROR, "a priority of no call")
         elif kind == http2.GOAWAY:
@@ -263,7 +259,7 @@ class Connection(asyncio.Protocol):
     # -- control ------------------------------------------------------------------------------------
 
     def _window_update(self, number: int, payload: bytes) -> None:
-        _sized(payload, 4)
+        http2.sized(payload, 4)
         more = http2.UINT32.unpack(payload)[0] & http2.MOST_WINDOW
         if not number:
             self.room += more
@@ -280,7 +276,7 @@ class Connection(asyncio.Protocol):
             self.reset_stream(stream, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
 
     def _rst_stream(self, number: int, payload: bytes) -> None:
-        _sized(payload, 4)
+        http2.sized(payload, 4)
         stream = self._call(number)
         if stream is not None:
             self._forget(stream)
@@ -289,7 +285,7 @@ class Connection(asyncio.Protocol):
     def _call(self, number: int) -> Stream | None:
         """Return the stream that a frame is for; None if it is over."""
         self._allowance -= number not in self.streams
-        if not number or number > self._highest:
+        if not number or number > self.highest:
             raise Http2Error(Code.PROTOCOL_ERROR, "a frame of no call")
         return self.streams.get(number)
 
@@ -297,37 +293,25 @@ class Connection(asyncio.Protocol):
         if number:
             raise Http2Error(Code.PROTOCOL_ERROR, "settings of a call")
         if flags & http2.ACK:
-            _sized(payload, 0)
+            http2.sized(payload, 0)
             return
         self._allowance -= 1
-        for name, value in http2.read_settings(payload):
-            self._set(name, value)
-        self.write(http2.frame(http2.SETTINGS, http2.ACK, 0))
-
-    def _set(self, name: int, value: int) -> None:
-        if name == Setting.INITIAL_WINDOW_SIZE:
-            if value > http2.MOST_WINDOW:
-                raise Http2Error(Code.FLOW_CONTROL_ERROR, f"a window of {value}")
-            more, self._room_each = value - self._room_each, value
+        more = self.wants.take(payload)
+        if more:
             for stream in self.streams.values():
                 if not stream.widen(more):
                     raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window beyond all bounds")
-        elif name == Setting.MAX_FRAME_SIZE:
-            if not http2.FIRST_FRAME <= value < 2**24:
-                raise Http2Error(Code.PROTOCOL_ERROR, f"frames of {value}")
-            self.peer_frame = value
-        elif name == Setting.ENABLE_PUSH and value > 1:
-            raise Http2Error(Code.PROTOCOL_ERROR, f"push set to {value}")
+        self.write(http2.frame(http2.SETTINGS, http2.ACK, 0))
 
     def _ping(self, flags: int, number: int, payload: bytes) -> None:
-        _sized(payload, 8)
+        http2.sized(payload, 8)
         if number:
             raise Http2Error(Code.PROTOCOL_ERROR, "a ping of a call")
         if not flags & http2.ACK:
             self._allowance -= 1
             self.write(http2.frame(http2.PING, http2.ACK, 0, payload))
-        elif payload == _LEAVE:
-            self._say_last()
+        elif payload == http2_leaving.PING:
+            self._leaving.heard()
         elif payload == _ALIVE:
             self._pinged = None
 
@@ -335,31 +319,11 @@ class Connection(asyncio.Protocol):
 
     def leave(self) -> None:
         """Tell the client to leave: calls that are under way, or on their way, are still answered."""
-        if self._leaving is None and self._closing is None:
-            self._leaving = time.monotonic()
-            self.write(http2.goaway(http2.LAST_STREAM, Code.NO_ERROR) + http2.frame(http2.PING, 0, 0, _LEAVE))
-
-    def _say_last(self) -> None:
-        """Tell the client which call was the last: it has heard that it is to leave."""
-        if self._leaving is not None and self._refused_from is None:
-            self._refused_from = self._highest + 1
-            self.write(http2.goaway(self._highest, Code.NO_ERROR))
-            self._close_if_done()
-
-    def _close_if_done(self) -> None:
-        if self._refused_from is not None and not self.streams:
-            self.close()
-
-    def close(self) -> None:
-        """Close, once what was written has gone out."""
-        if self._closing is None:
-            self._closing = time.monotonic()
-            self.transport.close()
+        self._leaving.begin()
 
     def cut(self) -> None:
         """End it with a reset."""
-        self._closing = self._closing or time.monotonic()
-        reset(self.transport)
+        self._leaving.cut()
 
     def _fail(self, error: Http2Error) -> None:
         log.info("not HTTP/2, or broken", peer=self.peer, error=str(error))
@@ -367,8 +331,8 @@ class Connection(asyncio.Protocol):
         if error.code is Code.ENHANCE_YOUR_CALM or not self._reader.is_http2:
             self.cut()
         else:
-            self.write(http2.goaway(self._highest, error.code))
-            self.close()
+            self.write(http2.goaway(self.highest, error.code))
+            self._leaving.close()
         for stream in list(self.streams.values()):
             self._forget(stream)
             stream.lose()
@@ -376,18 +340,15 @@ class Connection(asyncio.Protocol):
     def tick(self, now: float) -> None:
         """See to what takes too long; to be called once a second."""
         self._allowance = min(self._allowance + _PER_SECOND, _ALLOWANCE)
-        server, late = self._server, now - self._server.front.limits.head_timeout
-        if self._closing is not None:
-            if now - self._closing > _TO_GO:
-                self.cut()
-        elif (not self._reader.greeted and self._born < late) or (
-            self._reader.head_since is not None and self._reader.head_since < late
-        ):
+        front, reader = self._server.front, self._reader
+        late = now - front.limits.head_timeout
+        if self._leaving.tick(now, front.idle_timeout):
+            return
+        if (not reader.greeted and self._born < late) or (reader.head_since or math.inf) < late:
             self._fail(Http2Error(Code.ENHANCE_YOUR_CALM, "no end of a head in limits.head_timeout"))
-        elif self._leaving is not None:
-            if now - self._leaving > _TO_HEAR:
-                self._say_last()
-        elif now - self._born > self._age or (not self.streams and now - self._idle_since > server.keepalive):
+        elif now - self._born > self._age or (
+            not self.streams and now - self._idle_since > self._server.keepalive
+        ):
             self.leave()
         elif self._pinged is not None and now - max(self._pinged, self._heard) > _PONG_SECONDS:
             self.cut()
@@ -430,13 +391,8 @@ class Connection(asyncio.Protocol):
         self.streams.pop(stream.number, None)
         if not self.streams:
             self._idle_since = time.monotonic()
-            self._close_if_done()
+            self._leaving.settle()
 
     def _wake(self) -> None:
         for stream in self.streams.values():
             stream.wake()
-
-
-def _sized(payload: bytes, size: int) -> None:
-    if len(payload) != size:
-        raise Http2Error(Code.FRAME_SIZE_ERROR, f"{len(payload)} bytes in place of {size}")

@@ -70,6 +70,10 @@ class Reader:
         # A head that is coming: its stream, whether data follows, its bytes, and when it began.
         self._block: tuple[int, bool, bytearray, float] | None = None
 
+    def close(self) -> None:
+        """Let go of who gets the frames: they hold each other, and there are many of them."""
+        del self._receiver
+
     @property
     def is_http2(self) -> bool:
         """Whether the client has said that it speaks it."""

@@ -221,7 +221,7 @@ class Stream:
                 at += size
 
     def _write(self, data: memoryview) -> None:
-        most = min(self.connection.peer_frame, _MOST_FRAME)
+        most = min(self.connection.wants.frame, _MOST_FRAME)
         parts: list[bytes | memoryview] = []
         for at in range(0, len(data), most):
             part = data[at : at + most]
