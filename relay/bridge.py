@@ -107,7 +107,7 @@ def to_headers(metadata: GrpcMetadata) -> Metadata:
 def from_fields(fields: Metadata) -> Metadata:
     """Return the headers that mean what these fields of a gRPC call mean, as they stand in HTTP/2.
 
-    Binary ones are base64 there, with padding or without. What is not a header by the rules of HTTP/1.1 is
+    Binary ones are base64 there, with padding or without, or as they are behind a zero. What is not a header by the rules of HTTP/1.1 is
     left out: it could end a header and begin another.
     """
     headers: Metadata = []
@@ -116,8 +116,11 @@ def from_fields(fields: Metadata) -> Metadata:
         if known is None:
             continue
         if known.binary:
-            if _BASE64.fullmatch(value) is not None:
-                headers.append((known.name, value.rstrip(b"=") + b"=" * (-len(value.rstrip(b"=")) % 4)))
+            if value[:1] == b"\0":
+                headers.append((known.name, b64encode(value[1:])))
+            elif _BASE64.fullmatch(value) is not None:
+                bare = value.rstrip(b"=")
+                headers.append((known.name, bare + b"=" * (-len(bare) % 4)))
         elif _TEXT.fullmatch(value) is not None:
             headers.append((known.name, value))
     return headers

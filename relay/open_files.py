@@ -49,7 +49,7 @@ def raise_limit(settings: Settings) -> int:
 
 def needs(settings: Settings) -> int:
     """Return how many files a worker may come to have open; nodes count where their number is limited."""
-    nodes = sum(_FAR * settings.limits.connections for each in settings.listeners if not each.speaks_grpc)
+    nodes = _FAR * settings.limits.connections * len(settings.listeners)
     section = settings.upstream
     superlinks = 0 if section.wire is Wire.GRPC else section.max_connections * len(urls(section))
     return nodes + superlinks + _OTHERS

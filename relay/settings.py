@@ -211,19 +211,9 @@ def _of_two_kinds(settings: Settings) -> Iterator[_Conflict]:
             message = "cannot be served on one port, which speaks either HTTP or gRPC: add a listener"
             wires = ", ".join(wire.value for wire in listener.wires)
             yield _Conflict(((*key, "wires"),), wires, message)
-        if kinds != {True}:
-            continue
-        if listener.address.port == 0:
+        if kinds == {True} and listener.address.port == 0:
             message = "must have a port, because each worker opens it for gRPC by itself: write 1 to 65535"
             yield _Conflict(((*key, "address"), (*key, "wires")), str(listener.address), message)
-        if listener.tls is not None and listener.tls.minimum_version != "1.2":
-            message = "cannot be kept on a port that speaks gRPC, which takes 1.2 and 1.3: leave it out"
-            version: Key = (*key, "tls", "minimum_version")
-            yield _Conflict((version, (*key, "wires")), listener.tls.minimum_version, message)
-        if listener.tls is not None and listener.tls.client_certificates != "off":
-            message = "cannot be asked for on a port that speaks gRPC: leave it out, or end TLS in a proxy"
-            asking: Key = (*key, "tls", "client_certificates")
-            yield _Conflict((asking, (*key, "wires")), listener.tls.client_certificates, message)
 
 
 def _problem(fault: ErrorDetails, source: Source) -> Problem:

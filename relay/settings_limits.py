@@ -39,11 +39,11 @@ class Limits(Section):
 
     max_body: Annotated[Bytes, Field(ge=1)] = 4 << 30
     """Largest body of a call, and with a gRPC SuperLink of its answer, in bytes or with a unit (`KiB`, `MiB`,
-    `GiB`, `TiB`). It must hold the largest object of a run: one array of a model and about 300 bytes. gRPC
-    carries up to 2 GiB."""
+    `GiB`, `TiB`). It must hold the largest object of a run: one array of a model and about 300 bytes. Flower's
+    gRPC carries up to 2 GiB."""
 
     header_count: Annotated[int, Field(strict=True, ge=20), Doc("whole number, at least 20")] = 100
-    """Most headers of a call."""
+    """Most headers of a call; over gRPC, most metadata."""
 
     header_size: Annotated[Bytes, Field(ge=1024)] = 16 * 1024
     """Longest header of a call, with its name, and longest first line. A proxy that passes the certificates
@@ -53,8 +53,8 @@ class Limits(Section):
     """Longest first line and headers of a call together, at least `limits.header_size`."""
 
     head_timeout: Seconds = 20.0
-    """Longest time from the first byte of a call to the end of its headers; then the connection is closed.
-    For ports that speak HTTP."""
+    """Longest time from the first byte of a call to the end of its headers; then the connection is closed. On
+    gRPC ports also the longest time for a client to say that it speaks HTTP/2."""
 
     min_rate: BytesOrZero = 1024
     """Bytes per second that a node must send of a body, or take of an answer, while the relay waits for it;
@@ -66,8 +66,8 @@ class Limits(Section):
 
     connections: _CountOrZero = 0
     """Most connections of a worker on one port, 0 for any number. The calls on a connection beyond that are
-    told to come back later, and it is closed; beyond twice that number it is closed at once. For ports that
-    speak HTTP, as the next one."""
+    told to come back later, and it is closed; beyond twice that number it is closed at once. A gRPC node has
+    one connection, and for a moment two of them each half minute."""
 
     connections_per_peer: _CountOrZero = 0
     """Most connections of a worker from one address, 0 for any number. Nodes behind one NAT share an address.
@@ -80,9 +80,9 @@ class Limits(Section):
 
     requests: Requests = Requests()
     max_held: Annotated[Bytes, Field(ge=1)] = 256 << 20
-    """Bytes of messages that one worker holds at a time where it cannot pass them on piece by piece, which is
-    with gRPC on either side; further ones wait. One whose length is not known takes 8 MiB, and more as it
-    grows. One at a time may exceed the bound, so that it comes to its end: a worker holds at most `max_held`
-    and the longest message. Others that grow meanwhile wait over HTTP, and over gRPC are told to come again.
-    Answers of a gRPC SuperLink count 8 MiB each until they are here. gRPC needs up to five times as much
-    memory for a moment."""
+    """Bytes of messages that one worker holds at a time where it cannot pass them on piece by piece: all of a
+    gRPC SuperLink, what nodes of `grpc_adapter` send, and answers to gRPC nodes that do not say how long they
+    are; further ones wait. One whose length is not known takes 8 MiB, and more as it grows. One at a time may
+    exceed the bound, so that it comes to its end: a worker holds at most `max_held` and the longest message.
+    Others that grow meanwhile wait, and are told to come again if that takes too long. Answers of a gRPC
+    SuperLink count 8 MiB each until they are here. XXX"""

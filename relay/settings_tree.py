@@ -88,7 +88,7 @@ class Listener(_Section):
 
     address: Address = HostPort("0.0.0.0", 8080)  # noqa: S104 - nodes come from other hosts
     """Address to listen on. `:8080` is every IPv4 interface, `[::]:8080` every IPv6 one; port 0 is any free
-    port."""
+    port, for HTTP alone."""
 
     wires: Annotated[
         tuple[Wire, ...],
@@ -118,7 +118,8 @@ class Listener(_Section):
 
     keepalive: Seconds = 75.0
     """Idle time after which a node's connection is closed. Keep it longer than that of a load balancer in
-    front, so that the balancer never sends a call into a connection that is closing."""
+    front, so that the balancer never sends a call into a connection that is closing. A gRPC connection is told
+    to leave after half a minute in any case, which loses no call."""
 
     tls: Tls | None = None
     auth: Auth = Auth()
@@ -292,7 +293,8 @@ class Drain(_Section):
     idle_grace: Seconds = 5.0
     """Idle time after which a node's connection is closed during a drain. Longer than the 3 s between two
     polls of a node, and shorter than `drain.timeout`. A proxy in front must close its own idle connections to
-    the relay sooner than this, or it may send a call into one that is closing."""
+    the relay sooner than this, or it may send a call into one that is closing. Over gRPC clients are told to
+    leave, and none of this is waited for."""
 
 
 class Log(_Section):

@@ -20,12 +20,6 @@ from relay.settings_types import Doc
 if TYPE_CHECKING:
     from relay.settings_tree import Settings
 
-#: What bounds the heads of HTTP, and the connections that we accept ourselves.
-_OF_HTTP = (
-    "head_timeout",
-    "connections",
-    "connections_per_peer",
-)
 #: What is for the connections of HTTP that the relay opens.
 _TO_HTTP = ("keepalive", "max_connections", "resolve_interval", "shared_state")
 _HEALTH = ("interval", "timeout", "failures", "ejection", "max_ejection")
@@ -64,11 +58,7 @@ def _auth(settings: "Settings") -> Iterator[Found]:
 
 
 def _limits(settings: "Settings") -> Iterator[Found]:
-    limits, wires = settings.limits, ("listeners", "upstream")
-    about: tuple[Key, ...] = tuple((name,) for name in wires)
-    if all(listener.speaks_grpc for listener in settings.listeners):
-        why = "no listener speaks HTTP; gRPC has bounds of its own"
-        yield from _unused(limits, ("limits",), _OF_HTTP, why, about)
+    limits = settings.limits
     if not limits.min_rate:
         yield from _unused(
             limits, ("limits",), ("rate_window",), "limits.min_rate is 0", (("limits", "min_rate"),)
@@ -76,6 +66,7 @@ def _limits(settings: "Settings") -> Iterator[Found]:
     if settings.upstream.wire is not Wire.GRPC and not any(
         listener.speaks_grpc for listener in settings.listeners
     ):
+        about: tuple[Key, ...] = (("listeners",), ("upstream",))
         yield from _unused(limits, ("limits",), ("max_held",), "nobody speaks gRPC", about)
 
 

@@ -37,7 +37,7 @@ LAST_STREAM = 2**31 - 1
 
 
 class Setting(enum.IntEnum):
-    """What each end may tell the other (6.5.2)."""
+    """What each end may tell the other (6.5.2), and gRPC's own: binary metadata may come as they are."""
 
     HEADER_TABLE_SIZE = 1
     ENABLE_PUSH = 2
@@ -45,6 +45,7 @@ class Setting(enum.IntEnum):
     INITIAL_WINDOW_SIZE = 4
     MAX_FRAME_SIZE = 5
     MAX_HEADER_LIST_SIZE = 6
+    GRPC_ALLOW_TRUE_BINARY_METADATA = 0xFE03
 
 
 class Code(enum.IntEnum):

@@ -121,6 +121,7 @@ class Connection(asyncio.Protocol):
             Setting.MAX_FRAME_SIZE: MOST_DATA,
             # More than the limit, so that the answer is ours: a client refuses by itself what is longer.
             Setting.MAX_HEADER_LIST_SIZE: _FAR * limits.head_size,
+            Setting.GRPC_ALLOW_TRUE_BINARY_METADATA: 1,
         }
         self.write(http2.settings(welcome) + http2.window_update(0, WINDOW - http2.FIRST_WINDOW))
 

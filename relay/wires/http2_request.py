@@ -60,9 +60,12 @@ def read(fields: Metadata, size: int) -> Head | None:
 
 
 def names_are_sound(fields: Metadata) -> bool:
-    """Return whether these may be fields of a request, or trailers: no pseudo-fields, none of HTTP/1.1."""
+    """Return whether these may be fields of a request, or trailers: no pseudo-fields, none of HTTP/1.1.
+
+    Binary metadata of gRPC may stand there as they are, behind a zero.
+    """
     for name, value in fields:
-        if _VALUE.fullmatch(value) is None:
+        if _VALUE.fullmatch(value) is None and not (value[:1] == b"\0" and name.endswith(b"-bin")):
             return False
         if name in _known:
             continue
