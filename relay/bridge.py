@@ -107,8 +107,8 @@ def to_headers(metadata: GrpcMetadata) -> Metadata:
 def from_fields(fields: Metadata) -> Metadata:
     """Return the headers that mean what these fields of a gRPC call mean, as they stand in HTTP/2.
 
-    Binary ones are base64 there, with padding or without, or as they are behind a zero. What is not a header by the rules of HTTP/1.1 is
-    left out: it could end a header and begin another.
+    Binary ones are base64 there, with padding or without, or as they are behind a zero. What is not a header
+    by the rules of HTTP/1.1 is left out: it could end a header and begin another.
     """
     headers: Metadata = []
     for name, value in fields:
