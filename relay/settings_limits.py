@@ -39,8 +39,8 @@ class Limits(Section):
 
     max_body: Annotated[Bytes, Field(ge=1)] = 4 << 30
     """Largest body of a call, and with a gRPC SuperLink of its answer, in bytes or with a unit (`KiB`, `MiB`,
-    `GiB`, `TiB`). It must hold the largest object of a run: one array of a model and about 300 bytes. Flower's
-    gRPC carries up to 2 GiB."""
+    `GiB`, `TiB`). It must hold the largest object of a run: one array of a model and about 300 bytes.
+    Flower's gRPC carries up to 2 GiB."""
 
     header_count: Annotated[int, Field(strict=True, ge=20), Doc("whole number, at least 20")] = 100
     """Most headers of a call; over gRPC, most metadata."""
@@ -80,9 +80,10 @@ class Limits(Section):
 
     requests: Requests = Requests()
     max_held: Annotated[Bytes, Field(ge=1)] = 256 << 20
-    """Bytes of messages that one worker holds at a time where it cannot pass them on piece by piece: all of a
-    gRPC SuperLink, what nodes of `grpc_adapter` send, and answers to gRPC nodes that do not say how long they
-    are; further ones wait. One whose length is not known takes 8 MiB, and more as it grows. One at a time may
-    exceed the bound, so that it comes to its end: a worker holds at most `max_held` and the longest message.
-    Others that grow meanwhile wait, and are told to come again if that takes too long. Answers of a gRPC
-    SuperLink count 8 MiB each until they are here. XXX"""
+    """Bytes of messages that one worker holds at a time where it cannot pass them on piece by piece: to and
+    from a gRPC SuperLink, from nodes of `grpc_adapter`, and answers to gRPC nodes of which nobody says how
+    long they are. Further ones wait, and their nodes are told to come again if that takes too long. One whose
+    length is not known takes 8 MiB, and more as it grows. One at a time may exceed the bound, so that it
+    comes to its end: a worker holds at most `max_held` and the longest message. Answers of a gRPC SuperLink
+    count 8 MiB each until they are here. For a moment a message takes up to three times as much memory as it
+    has bytes."""

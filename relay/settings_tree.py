@@ -118,8 +118,8 @@ class Listener(_Section):
 
     keepalive: Seconds = 75.0
     """Idle time after which a node's connection is closed. Keep it longer than that of a load balancer in
-    front, so that the balancer never sends a call into a connection that is closing. A gRPC connection is told
-    to leave after half a minute in any case, which loses no call."""
+    front, so that the balancer never sends a call into a connection that is closing. A gRPC connection is
+    told to leave after half a minute in any case, which loses no call."""
 
     tls: Tls | None = None
     auth: Auth = Auth()

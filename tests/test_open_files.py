@@ -68,6 +68,16 @@ def test_one_that_cannot_be_raised_is_said_and_no_end(hard: int, monkeypatch: py
         ({"LIMITS__CONNECTIONS": "50", "UPSTREAM__MAX_CONNECTIONS": "10"}, 210),
         ({"UPSTREAM__STANDBY": "[http://127.0.0.1:9]", "UPSTREAM__MAX_CONNECTIONS": "10"}, 120),
         ({"UPSTREAM__WIRE": "grpc"}, 100),
+        ({"UPSTREAM__WIRE": "grpc", "LIMITS__CONNECTIONS": "50"}, 200),
+        (
+            {
+                "LIMITS__CONNECTIONS": "50",
+                "LISTENERS__0__WIRES": "[http_v1]",
+                "LISTENERS__1__WIRES": "[grpc]",
+                "LISTENERS__1__ADDRESS": ":8081",
+            },
+            556,
+        ),
     ],
 )
 def test_what_the_settings_need(environ: dict[str, str], needed: int) -> None:

@@ -375,16 +375,34 @@ def test_a_port_speaks_http_or_grpc(tmp_path: Path) -> None:
     assert [listener.speaks_grpc for listener in load_tree(tmp_path, tree).listeners] == [False, True]
 
 
-def test_a_grpc_port_is_no_free_one_and_takes_no_newest_tls_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wire", ["grpc", "grpc_adapter"])
+def test_a_grpc_port_is_no_free_one(tmp_path: Path, wire: str) -> None:
+    [line] = problems(tmp_path, {"listeners": [{"wires": [wire], "address": "127.0.0.1:0"}]})
+    assert line.startswith("listeners[0].address = 127.0.0.1:0: must have a port, because each worker opens")
+    free = {"listeners": [{"wires": ["http_v1"], "address": "127.0.0.1:0"}]}
+    assert load_tree(tmp_path, free).listeners[0].address.port == 0
+
+
+@pytest.mark.parametrize("wires", [["http_v1"], ["grpc", "grpc_adapter"]])
+@pytest.mark.parametrize("mode", ["wanted", "needed"])
+def test_a_port_of_either_kind_may_ask_for_certificates_and_for_the_newest_tls(
+    tmp_path: Path, wires: list[str], mode: str
+) -> None:
     certificate, key = make_pair(tmp_path)
-    tls = {"certificate": str(certificate), "key": str(key), "minimum_version": "1.3"}
-    lines = problems(tmp_path, {"listeners": [{"wires": ["grpc"], "address": "127.0.0.1:0", "tls": tls}]})
-    assert [line.partition(":")[0].split(" = ")[0] for line in lines] == [
-        "listeners[0].address",
-        "listeners[0].tls.minimum_version",
-    ]
-    tls["minimum_version"] = "1.2"
-    assert load_tree(tmp_path, {"listeners": [{"wires": ["grpc"], "tls": tls}]}).listeners[0].tls is not None
+    tls = {
+        "certificate": str(certificate),
+        "key": str(key),
+        "minimum_version": "1.3",
+        "client_certificates": mode,
+        "client_ca": str(certificate),
+    }
+    tree = {
+        "listeners": [{"wires": wires, "tls": tls, "auth": {"accept": ["certificate"]}}],
+        "client_certificates": {"allow": [{"match": "CN:site"}]},
+    }
+    section = load_tree(tmp_path, tree).listeners[0].tls
+    assert section is not None
+    assert (section.minimum_version, section.client_certificates) == ("1.3", mode)
 
 
 def test_a_ca_file_needs_https(tmp_path: Path) -> None:

@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 B = "http://b:8000"
 GRPC: dict[str, Any] = {"listeners": [{"wires": ["grpc"]}]}
 ASKED: dict[str, Any] = {"listeners": [{"auth": {"accept": ["node_signature"]}}]}
-HTTP_LIMITS = {
-    "head_timeout": 5,
-    "connections": 9,
-    "connections_per_peer": 9,
-}
 SIGNING_FREE = {"wires": ["rest_v0"], "auth": {"accept": ["api_key"]}}
 
 
@@ -101,14 +96,6 @@ def test_a_measure_that_nothing_goes_by_is_taken_and_spoken_of(
     assert "s3cret" not in line
 
 
-def test_bounds_of_http_do_nothing_for_grpc_alone(tmp_path: Path) -> None:
-    lines = idle(load_tree(tmp_path, {**GRPC, "limits": HTTP_LIMITS}))
-    assert [line.partition(" = ")[0] for line in lines] == [f"limits.{name}" for name in HTTP_LIMITS]
-    assert all("has no effect, because no listener speaks HTTP; gRPC has bounds" in line for line in lines)
-    beside = {"listeners": [*GRPC["listeners"], {"address": ":81", "wires": ["http_v1"]}]}
-    assert idle(load_tree(tmp_path, {**beside, "limits": HTTP_LIMITS})) == []
-
-
 def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) -> None:
     signing = {"directory": str(tmp_path / "signing")}
     [line] = problems(tmp_path, {"signing": signing, "listeners": [{"wires": ["http_v1"]}]})
@@ -130,7 +117,9 @@ def test_a_key_pair_for_nodes_that_cannot_sign_needs_such_nodes(tmp_path: Path) 
         {"listeners": [{"auth": {"accept": [], "strangers": "refuse", "forward": False, "enforce": True}}]},
         {"listeners": [{"auth": {"forward": True}}]},
         {**ASKED, "node_keys": {"verify": "local", "window": 9, "ahead": 9}},
-        {**GRPC, "limits": {"header_count": 50, "connections": 0, "min_rate": "1KiB", "max_held": "1MiB"}},
+        {**GRPC, "limits": {"header_count": 50, "connections": 9, "min_rate": "2KiB", "max_held": "1MiB"}},
+        {**GRPC, "limits": {"head_timeout": 5, "connections_per_peer": 9}},
+        {"listeners": [{"wires": ["grpc_adapter"]}], "limits": {"max_held": "1MiB"}},
         {"upstream": {"standby": [B], "standby_after": 9, "health": {"interval": 9}}},
         {"upstream": {"addresses": [B], "shared_state": True, "health": {"interval": 9}}},
         {"upstream": {"wire": "grpc"}, "limits": {"max_held": "1MiB"}},
