@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from relay.call import Wire
 from relay.fleet import PEEK_BYTES, Method
 from relay.limits import Limits
+from relay.policies import Held
 from relay.quota import Quota
 from relay.wires.forwarded import Forwarding
 from relay.wires.grpc_fleet import GrpcFront
@@ -73,13 +74,15 @@ async def serve_grpc(
     idle_timeout: float = 20.0,
     guard: Callable[[Call], None] | None = None,
     admit: Callable[[Call], Awaitable[None]] | None = None,
+    looks: bool = True,
+    holds: bool = False,
     **limits: Any,
 ) -> Served:
     """Serve `handler` until the end of `stack`.
 
     Args:
         stack: what ends it.
-        handler: gets calls whose message was looked at, as `validate` does.
+        handler: gets calls that are sound.
         wires: that it carries.
         max_body: of any method.
         held: bytes of messages at a time.
@@ -87,6 +90,8 @@ async def serve_grpc(
         idle_timeout: seconds in which something of a message must come.
         guard: gets calls before, as `auth` does, and may raise.
         admit: see `GrpcFront`.
+        looks: whether the chain looks at the beginning of each message.
+        holds: whether messages take their share of `held` in the chain, as before a gRPC SuperLink.
         limits: further ones.
     """
     served = Served()
@@ -98,10 +103,16 @@ async def serve_grpc(
             guard(call)
         if call.fault is not None:
             raise call.fault
-        await call.payload.peek(PEEK_BYTES)
-        return await handler(call)
+        if looks:
+            await call.payload.peek(PEEK_BYTES)
+        return await held_handler(call)
 
     served.held = Quota(held)
+    policy = Held(served.held if holds else None, queue_timeout=20.0)
+
+    async def held_handler(call: Call) -> Reply:
+        return await (policy.handle(call, handler) if policy.applies(call.method) else handler(call))
+
     served.front = GrpcFront(
         {(wire, method): handle for wire in wires for method in Method},
         Receiver(
@@ -127,13 +138,14 @@ class Line:
     Attributes:
         port: where it begins.
         carried: bytes so far.
+        returned: bytes of answers so far.
     """
 
     def __init__(self, to: int, rate: float = float("inf")) -> None:
         self._to = to
         self._rate = rate
         self.port = 0
-        self.carried = 0
+        self.carried = self.returned = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
         self._server: asyncio.Server
@@ -168,8 +180,8 @@ class Line:
                 await asyncio.sleep(len(data) / self._rate)
         writer.close()
 
-    @staticmethod
-    async def _return(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _return(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
+            self.returned += len(data)
             writer.write(data)
         writer.close()

@@ -170,6 +170,7 @@ class GrpcFront:
             self._render(stream, call.wire, refusal.reason, None)
             return
         method, name, data = grpc_adapter.unpack(container)
+        del container  # it may be long, and the call takes its time
         if method is None:
             self._unsupported(stream, Wire.GRPC_ADAPTER, name)
             return

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from drills.http2 import DATA, RST_STREAM, frame, message
 from relay import dialect
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Kind, Method
-from relay.quota import GUESS
+from relay.quota import GUESS, STEP, Share
 from relay.refusal import Reason, Refusal
 from relay.wires import grpc_adapter
-from tests.grpc_served import Served, serve_grpc
+from relay.wires.http2_stream import AHEAD
+from tests.grpc_ends import GrpcNode
+from tests.grpc_served import Line, Served, serve_grpc
+from tests.security import http2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(60)
 
 REQUEST = b"\x0a\x02\x08\x07"
+#: More than is received before the chain starts.
+LONG = 100_000
 
 
 @pytest.fixture
@@ -126,7 +132,6 @@ async def test_a_call_ends_before_its_node_gives_up(
     assert math.isfinite(served.calls[0].started)
 
 
-
 async def test_metadata_of_the_answer_reaches_the_node_but_not_what_is_of_http(
     serve: Callable[..., Awaitable[Served]],
 ) -> None:
@@ -156,10 +161,11 @@ async def test_metadata_of_the_answer_reaches_the_node_but_not_what_is_of_http(
 async def test_a_head_beyond_the_limits_is_refused_as_over_http(
     serve: Callable[..., Awaitable[Served]], metadata: list[tuple[str, str | bytes]]
 ) -> None:
-    served = await serve(echo, header_count=30, header_size=2000, head_size=3600)
+    """What the client's library says of itself counts as well: here half a dozen, of some 150 bytes."""
+    served = await serve(echo, header_count=30, header_size=2000, head_size=3700)
     assert (await served.node.ask(Method.PUSH_OBJECT, REQUEST, metadata)).code == "PERMISSION_DENIED"
     assert (await served.ending()).outcome == "too_large"
-    metadata = [(key, value[:-40]) for key, value in metadata[:28]]
+    metadata = [(key, value[:-40]) for key, value in metadata[:24]]
     assert (await served.node.ask(Method.PUSH_OBJECT, REQUEST, metadata)).code == "OK"
 
 
@@ -181,8 +187,26 @@ async def test_an_answer_of_unknown_length_takes_its_share_as_it_comes(
 
     served = await serve(answer)
     assert len((await served.node.ask(Method.PULL_OBJECT, REQUEST)).data) == 20 << 20
-    assert seen[0] == GUESS
-    assert seen[-1] >= 20 << 20
+    assert seen[0] == 0
+    assert all(number << 20 <= held <= (number << 20) + STEP for number, held in enumerate(seen))
+    await served.ending()
+    assert served.held.held == 0
+
+
+async def test_an_answer_of_unknown_length_that_finds_no_room_is_put_off(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    body = Pieces(*[b"x" * (1 << 20)] * 20)
+
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=body), Source.UPSTREAM)
+
+    served = await serve(answer, held=GUESS)
+    served.held.outgrown = Share(served.held)
+    answered = await served.node.ask(Method.PULL_OBJECT, REQUEST, timeout=2.0)
+    assert (answered.code, answered.details) == ("UNAVAILABLE", "overloaded"), "told before its time is up"
+    assert len(body.pieces) > 10
+    assert body.closed
     await served.ending()
     assert served.held.held == 0
 
@@ -287,32 +311,86 @@ class Pieces:
         self.closed = True
 
 
-async def test_an_answer_that_comes_in_pieces_is_put_together(
+async def test_an_answer_of_known_length_passes_as_it_comes_and_takes_no_share(
     serve: Callable[..., Awaitable[Served]],
 ) -> None:
+    go, held = asyncio.Event(), []
+
+    class Halves(Pieces):
+        async def read(self) -> bytes:
+            held.append(served.held.held)
+            if len(self.pieces) == 1:
+                await go.wait()
+            return await super().read()
+
     async def answer(call: Call) -> Reply:
-        return Reply(Payload(body=Pieces(b"ab", b"cd"), size=4), Source.UPSTREAM)
+        return Reply(Payload(body=Halves(b"x" * 200_000, b"y" * 200_000), size=400_000), Source.UPSTREAM)
 
     served = await serve(answer)
-    assert (await served.node.ask(Method.PULL_OBJECT, REQUEST)).data == b"abcd"
-    assert (await served.ending()).sent == 4
+    async with Line(served.server.port) as line, GrpcNode(line.port) as node:
+        asking = asyncio.ensure_future(node.ask(Method.PULL_OBJECT, REQUEST))
+        await served.until(lambda: line.returned > 200_000)
+        assert not asking.done()
+        go.set()
+        assert (await asking).data == b"x" * 200_000 + b"y" * 200_000
+    assert (await served.ending()).sent == 400_000
+    assert set(held) == {0}
 
 
-@pytest.mark.parametrize(
-    "body",
-    [Pieces(b"ab"), Pieces(b"ab", Refusal(Reason.UPSTREAM_DOWN, "broke off"))],
-    ids=["short", "broken"],
-)
-async def test_a_part_never_passes_for_the_whole(
-    serve: Callable[..., Awaitable[Served]], body: Pieces
+@pytest.mark.parametrize("size", [0, 4])
+async def test_an_answer_that_comes_in_pieces_is_put_together(
+    serve: Callable[..., Awaitable[Served]], size: int
 ) -> None:
+    pieces = (b"ab", b"cd") if size else ()
+
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=Pieces(*pieces), size=size), Source.UPSTREAM)
+
+    served = await serve(answer)
+    assert (await served.node.ask(Method.PULL_OBJECT, REQUEST)).data == b"".join(pieces)
+    assert (await served.ending()).sent == size
+
+
+BROKEN = {
+    "short": lambda: Pieces(b"ab"),
+    "long": lambda: Pieces(b"ab", b"cd", b"ef"),
+    "broken": lambda: Pieces(b"ab", Refusal(Reason.UPSTREAM_DOWN, "broke off")),
+    "bug": lambda: Pieces(b"ab", ZeroDivisionError()),
+}
+
+
+@pytest.mark.parametrize("wire", [Wire.GRPC, Wire.GRPC_ADAPTER])
+@pytest.mark.parametrize("how", BROKEN)
+async def test_a_part_never_passes_for_the_whole(
+    serve: Callable[..., Awaitable[Served]], how: str, wire: Wire
+) -> None:
+    """Its node is told by a reset that grpc makes UNAVAILABLE of, which all nodes survive."""
+    body = BROKEN[how]()
+
     async def answer(call: Call) -> Reply:
         return Reply(Payload(body=body, size=4), Source.UPSTREAM)
 
     served = await serve(answer)
-    assert (await served.node.ask(Method.PULL_OBJECT, REQUEST)).code == "UNAVAILABLE"
+    path = Method.PULL_OBJECT.grpc if wire is Wire.GRPC else grpc_adapter.PATH
+    data = REQUEST if wire is Wire.GRPC else contained(Method.PULL_OBJECT)
+    assert (await served.node.ask(path, data)).code == "UNAVAILABLE"
     assert body.closed or not body.pieces, "nobody would wait for the rest"
-    assert (await served.ending()).refusal is not None
+    ending = await served.ending()
+    assert (ending.outcome, ending.lost, ending.refusal) == ("cut", True, None)
+    assert len(served.calls) == 1, "its gRPC does not ask again by itself"
+    assert served.front.in_flight == served.held.held == 0
+
+
+async def test_an_answer_of_unknown_length_that_breaks_off_is_refused(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    async def answer(call: Call) -> Reply:
+        body = Pieces(b"ab", Refusal(Reason.UPSTREAM_DOWN, "broke off"))
+        return Reply(Payload(body=body), Source.UPSTREAM)
+
+    served = await serve(answer)
+    assert (await served.node.ask(Method.PULL_OBJECT, REQUEST)).code == "UNAVAILABLE"
+    assert (await served.ending()).outcome == "upstream_down"
 
 
 # -- nodes that go --------------------------------------------------------------------------------------
@@ -338,7 +416,33 @@ async def test_a_node_that_leaves_ends_its_call(
     assert served.front.in_flight == 0
 
 
-async def test_an_answer_that_was_there_when_its_node_left_is_lost(
+async def test_an_answer_that_was_on_its_way_when_its_node_left_is_lost(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    came = asyncio.Event()
+
+    class Slow(Pieces):
+        async def read(self) -> bytes:
+            came.set()
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    body = Slow()
+
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=body, size=4), Source.UPSTREAM)
+
+    served = await serve(answer)
+    call = served.node.call(Method.PULL_MESSAGES, REQUEST)
+    await came.wait()
+    call.cancel()
+    ending = await served.ending()
+    assert (ending.outcome, ending.lost, ending.sent) == ("node_gone", True, 0)
+    assert body.closed
+    assert served.front.in_flight == 0
+
+
+async def test_an_answer_that_came_when_its_node_had_left_is_lost(
     serve: Callable[..., Awaitable[Served]],
 ) -> None:
     came, go = asyncio.Event(), asyncio.Event()
@@ -347,10 +451,10 @@ async def test_an_answer_that_was_there_when_its_node_left_is_lost(
         async def read(self) -> bytes:
             came.set()
             await go.wait()
-            return b""
+            return await super().read()
 
     async def answer(call: Call) -> Reply:
-        return Reply(Payload(body=Slow(), size=4), Source.UPSTREAM)
+        return Reply(Payload(body=Slow(b"four")), Source.UPSTREAM)
 
     served = await serve(answer)
     call = served.node.call(Method.PULL_MESSAGES, REQUEST)
@@ -360,6 +464,51 @@ async def test_an_answer_that_was_there_when_its_node_left_is_lost(
     go.set()
     ending = await served.ending()
     assert (ending.outcome, ending.lost, ending.sent) == ("node_gone", True, 0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_an_answer_that_its_node_does_not_take_is_lost(
+    serve: Callable[..., Awaitable[Served]], known: bool
+) -> None:
+    """It holds the call no longer than `idle_timeout`."""
+
+    async def answer(call: Call) -> Reply:
+        data = b"x" * (20 << 20)
+        return Reply(Payload(body=Pieces(data), size=len(data)) if known else Payload(data), Source.UPSTREAM)
+
+    served = await serve(answer, idle_timeout=0.3)
+    with http2.Connection(served.server.port) as node:
+        # It takes 64 KiB and never more: no WINDOW_UPDATE.
+        stream = node.call(Method.PULL_OBJECT.grpc, (), message(REQUEST))
+        frames = await asyncio.to_thread(node.read, stream)
+        assert frames[-1].head.kind == RST_STREAM
+        ending = await served.ending()
+        assert (ending.outcome, ending.lost) == ("node_gone", True)
+    assert served.front.in_flight == 0
+
+
+async def test_a_node_that_takes_its_answer_slowly_gets_it(
+    serve: Callable[..., Awaitable[Served]],
+) -> None:
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(b"x" * 600_000), Source.UPSTREAM)
+
+    served = await serve(answer, idle_timeout=1.0)
+
+    def take(node: http2.Connection, stream: int) -> int:
+        size = 0
+        while size < 605:  # in a time of several idle_timeouts
+            for each in node.read(stream, 0.1):
+                size += each.head.size // 1000 if each.head.kind == DATA else 0
+                if each.head.ends:
+                    return size
+            node.send(frame(8, 0, stream, (20_000).to_bytes(4)) + frame(8, 0, 0, (20_000).to_bytes(4)))
+        return -1
+
+    with http2.Connection(served.server.port) as node:
+        stream = node.call(Method.PULL_OBJECT.grpc, (), message(REQUEST))
+        assert await asyncio.to_thread(take, node, stream) > 550
+    assert (await served.ending()).outcome == "ok"
 
 
 @pytest.mark.parametrize("method", [Method.SEND_NODE_HEARTBEAT, Method.PULL_MESSAGES])
@@ -420,15 +569,40 @@ async def test_a_message_over_the_limit_is_refused_in_a_way_that_is_survived(
     assert ending.outcome == "too_large"
 
 
-async def test_a_message_that_grpc_itself_refuses_ends_the_call_and_gives_its_share_back(
-    serve: Callable[..., Awaitable[Served]],
+@pytest.mark.parametrize("size", [100_001, 50 << 20])
+async def test_a_message_over_the_limit_is_refused_before_it_is_here(
+    serve: Callable[..., Awaitable[Served]], size: int
 ) -> None:
+    """However much longer it is: no library's own refusal comes before the dialect's."""
     served = await serve(echo, max_body=100_000)
-    answered = await served.node.ask(Method.PUSH_OBJECT, b"x" * 200_001)
-    assert answered.code == "RESOURCE_EXHAUSTED", "a node that pushes drops the object, and lives on"
+    async with Line(served.server.port) as line, GrpcNode(line.port) as node:
+        answered = await node.ask(Method.PUSH_OBJECT, b"x" * size)
+        assert (answered.code, answered.details) == ("PERMISSION_DENIED", "too_large")
+        assert line.carried < 64 << 10
     assert (await served.node.ask(Method.PUSH_OBJECT, b"x")).code == "OK"
     await served.ending(2)
     assert served.held.held == 0
+
+
+async def test_objects_pass_without_a_share(serve: Callable[..., Awaitable[Served]]) -> None:
+    """Towards an HTTP SuperLink they are passed on as they come; towards another `held` takes it."""
+    pieces: list[int] = []
+
+    async def upstream(call: Call) -> Reply:
+        assert call.payload.data is None
+        async for piece in call.payload.stream():
+            pieces.append(len(piece))
+            assert served.held.held == 0
+        return Reply(Payload(b"\x08\x01"), Source.UPSTREAM)
+
+    served = await serve(upstream, max_body=64 << 20, held=1)
+    assert (await served.node.ask(Method.PUSH_OBJECT, b"x" * (20 << 20))).code == "OK"
+    assert sum(pieces) == 20 << 20
+    assert max(pieces) <= AHEAD
+    assert served.calls[0].payload.size in (None, 20 << 20)
+
+
+# -- with `held`, as before a gRPC SuperLink ------------------------------------------------------------
 
 
 async def test_objects_wait_for_their_share_and_small_calls_do_not(
@@ -448,7 +622,7 @@ async def test_objects_wait_for_their_share_and_small_calls_do_not(
         inside -= 1
         return Reply(Payload(b""), Source.UPSTREAM)
 
-    served = await serve(slow, max_body=64 << 20, held=2 * GUESS)
+    served = await serve(slow, max_body=64 << 20, held=2 * GUESS, holds=True)
     pulls = [asyncio.ensure_future(served.node.ask(Method.PULL_OBJECT, REQUEST)) for _ in range(5)]
     while inside < 2:
         await asyncio.sleep(0.01)
@@ -464,13 +638,16 @@ async def test_objects_wait_for_their_share_and_small_calls_do_not(
 async def test_a_pushed_object_is_not_read_before_it_has_its_share(
     serve: Callable[..., Awaitable[Served]],
 ) -> None:
-    served = await serve(echo, max_body=64 << 20, held=GUESS)
+    served = await serve(echo, max_body=64 << 20, held=GUESS, holds=True)
     await served.held.take(GUESS)
-    push = asyncio.ensure_future(served.node.ask(Method.PUSH_OBJECT, b"x" * (20 << 20)))
-    await asyncio.sleep(0.3)
-    assert served.calls[0].payload.passed == 0
-    served.held.give(GUESS)
-    assert len((await push).data) == 20 << 20
+    async with Line(served.server.port) as line, GrpcNode(line.port) as node:
+        push = asyncio.ensure_future(node.ask(Method.PUSH_OBJECT, b"x" * (20 << 20)))
+        await asyncio.sleep(0.3)
+        assert len(served.calls) == 1
+        assert line.carried < AHEAD + (256 << 10), "what was peeked at let in no more than this"
+        assert not push.done()
+        served.held.give(GUESS)
+        assert len((await push).data) == 20 << 20
     await served.ending()
     assert served.held.held == 0
 
@@ -478,14 +655,14 @@ async def test_a_pushed_object_is_not_read_before_it_has_its_share(
 async def test_a_node_that_leaves_while_it_waits_leaves_nothing_behind(
     serve: Callable[..., Awaitable[Served]],
 ) -> None:
-    served = await serve(echo, held=GUESS)
+    served = await serve(echo, held=GUESS, holds=True)
     await served.held.take(GUESS)
-    push = served.node.call(Method.PUSH_OBJECT, b"x")
+    push = served.node.call(Method.PUSH_OBJECT, b"x" * LONG)
     await asyncio.sleep(0.1)
     push.cancel()
     assert (await served.ending()).outcome == "node_gone"
     served.held.give(GUESS)
-    assert (await served.node.ask(Method.PUSH_OBJECT, b"x")).data == b"x"
+    assert (await served.node.ask(Method.PUSH_OBJECT, b"x" * LONG)).data == b"x" * LONG
     await served.ending(2)
     assert served.held.held == 0
 
