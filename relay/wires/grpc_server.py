@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -87,23 +88,27 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listen. Raises OSError."""
-        loop = asyncio.get_running_loop()
+        # As gunicorn does for the other ports; asyncio by itself would keep IPv4 from `[::]`.
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listening = socket.socket(family, proto=socket.IPPROTO_TCP)
         secured = self._files is not None
-        self._listening = await loop.create_server(
-            lambda: Connection(self),
-            self._host,
-            self.port,
-            backlog=BACKLOG,
-            reuse_port=True,
-            ssl=self._files.context if self._files is not None else None,
-            ssl_handshake_timeout=tls.HANDSHAKE_SECONDS if secured else None,
-            start_serving=False,
-        )
-        for listening in self._listening.sockets:
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if secured:
                 tls.reset_unfinished_handshakes(listening)
+            listening.bind((self._host, self.port))
             self.port = listening.getsockname()[1]
-        await self._listening.start_serving()
+            self._listening = await asyncio.get_running_loop().create_server(
+                lambda: Connection(self),
+                sock=listening,
+                backlog=BACKLOG,
+                ssl=self._files.context if self._files is not None else None,
+                ssl_handshake_timeout=tls.HANDSHAKE_SECONDS if secured else None,
+            )
+        except BaseException:
+            listening.close()
+            raise
 
     def not_ready(self) -> None:
         """Have health checks say that this relay is about to stop; calls are served as before."""
