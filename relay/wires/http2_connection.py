@@ -47,11 +47,6 @@ _FAR = 2
 _ALLOWANCE = 1000
 _PER_SECOND = 100
 _PER_ANSWER = 10
-#: Seconds without a sound after which a client is pinged (some clouds cut connections that were idle for 4
-#: minutes), and for its answer.
-_PING_SECONDS = 210.0
-_PONG_SECONDS = 20.0
-_ALIVE = b"alive?\0\0"
 
 
 class Connection(asyncio.Protocol):
@@ -92,8 +87,7 @@ class Connection(asyncio.Protocol):
         self._into: Stream | None = None
         self._allowance = _ALLOWANCE
         self._age = server.age()
-        self._born = self._heard = self._idle_since = 0.0
-        self._pinged: float | None = None
+        self._born = self._idle_since = 0.0
         self._leaving = Leaving(self)
 
     # -- what the event loop tells ------------------------------------------------------------------
@@ -105,7 +99,7 @@ class Connection(asyncio.Protocol):
         if isinstance(peer, tuple):
             self.peer = peer[0].removeprefix("::ffff:")  # an IPv4 node on an IPv6 socket
         self.tls = transport.get_extra_info("sslcontext") is not None
-        self._born = self._heard = self._idle_since = time.monotonic()
+        self._born = self._idle_since = time.monotonic()
         self._server.enter(self)
         if self.excess is not None:
             self._age = TO_HEAR  # and its place is soon free
@@ -147,7 +141,6 @@ class Connection(asyncio.Protocol):
         """Take the next bytes."""
         if self._leaving.closed is not None:
             return
-        self._heard = time.monotonic()
         try:
             self._reader.take(data)
             if self._allowance < 0:
@@ -313,8 +306,6 @@ class Connection(asyncio.Protocol):
             self.write(http2.frame(http2.PING, http2.ACK, 0, payload))
         elif payload == http2_leaving.PING:
             self._leaving.heard()
-        elif payload == _ALIVE:
-            self._pinged = None
 
     # -- its end ------------------------------------------------------------------------------------
 
@@ -351,11 +342,6 @@ class Connection(asyncio.Protocol):
             not self.streams and now - self._idle_since > self._server.keepalive
         ):
             self.leave()
-        elif self._pinged is not None and now - max(self._pinged, self._heard) > _PONG_SECONDS:
-            self.cut()
-        elif self._pinged is None and now - self._heard > _PING_SECONDS:
-            self._pinged = now
-            self.write(http2.frame(http2.PING, 0, 0, _ALIVE))
 
     # -- for streams --------------------------------------------------------------------------------
 

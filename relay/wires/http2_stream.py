@@ -274,5 +274,6 @@ class Stream:
 
     def reset(self, code: http2.Code) -> None:
         """End it without an answer."""
+        self.on_gone = None  # who ends it knows
         if not self.gone:
             self.connection.reset_stream(self, code)
