@@ -41,8 +41,9 @@ _JITTER = 0.1
 BACKLOG = 4096
 #: Beyond this multiple of `limits.connections` a connection is reset before it has said anything.
 _FAR = 2
-#: Seconds between two looks at what is still connected.
+#: Seconds between two looks at what is still connected, and for what was cut to end.
 _LOOK = 0.05
+_TO_SETTLE = 1.0
 
 
 class GrpcServer:
@@ -158,8 +159,8 @@ class GrpcServer:
             connection.cut()
         for task in self.front.left:
             task.cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_TO_SETTLE)
 
     # -- for connections ----------------------------------------------------------------------------
 
