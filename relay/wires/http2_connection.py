@@ -88,7 +88,7 @@ class Connection(asyncio.Protocol):
         self._allowance = _ALLOWANCE
         self._age = server.age()
         self._born = self._idle_since = 0.0
-        self._leaving = Leaving(self)
+        self._leaving = Leaving()
 
     # -- what the event loop tells ------------------------------------------------------------------
 
@@ -305,17 +305,17 @@ class Connection(asyncio.Protocol):
             self._allowance -= 1
             self.write(http2.frame(http2.PING, http2.ACK, 0, payload))
         elif payload == http2_leaving.PING:
-            self._leaving.heard()
+            self._leaving.heard(self)
 
     # -- its end ------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """Tell the client to leave: calls that are under way, or on their way, are still answered."""
-        self._leaving.begin()
+        self._leaving.begin(self)
 
     def cut(self) -> None:
         """End it with a reset."""
-        self._leaving.cut()
+        self._leaving.cut(self)
 
     def _fail(self, error: Http2Error) -> None:
         log.info("not HTTP/2, or broken", peer=self.peer, error=str(error))
@@ -324,7 +324,7 @@ class Connection(asyncio.Protocol):
             self.cut()
         else:
             self.write(http2.goaway(self.highest, error.code))
-            self._leaving.close()
+            self._leaving.close(self)
         for stream in list(self.streams.values()):
             self._forget(stream)
             stream.lose()
@@ -334,7 +334,7 @@ class Connection(asyncio.Protocol):
         self._allowance = min(self._allowance + _PER_SECOND, _ALLOWANCE)
         front, reader = self._server.front, self._reader
         late = now - front.limits.head_timeout
-        if self._leaving.tick(now, front.idle_timeout):
+        if self._leaving.tick(self, now, front.idle_timeout):
             return
         if (not reader.greeted and self._born < late) or (reader.head_since or math.inf) < late:
             self._fail(Http2Error(Code.ENHANCE_YOUR_CALM, "no end of a head in limits.head_timeout"))
@@ -378,7 +378,7 @@ class Connection(asyncio.Protocol):
         self.streams.pop(stream.number, None)
         if not self.streams:
             self._idle_since = time.monotonic()
-            self._leaving.settle()
+            self._leaving.settle(self)
 
     def _wake(self) -> None:
         for stream in self.streams.values():

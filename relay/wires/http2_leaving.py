@@ -28,18 +28,17 @@ PING = b"leaving\0"
 
 
 class Leaving:
-    """The end of one connection.
+    """The end of one connection; it is handed in, because they would hold each other.
 
     Attributes:
         refused_from: number of the first call that is not answered any more; None while all are.
         closed: `time.monotonic()` when it was closed, None before.
     """
 
-    __slots__ = ("_began", "_connection", "_left", "_moved", "_since", "_timer", "closed", "refused_from")
+    __slots__ = ("_began", "_left", "_moved", "_since", "_timer", "closed", "refused_from")
 
-    def __init__(self, connection: Connection) -> None:
-        """See to the end of `connection`."""
-        self._connection = connection
+    def __init__(self) -> None:
+        """Let it live."""
         self._began: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._left = 0
@@ -47,48 +46,48 @@ class Leaving:
         self.refused_from: int | None = None
         self.closed: float | None = None
 
-    def begin(self) -> None:
+    def begin(self, connection: Connection) -> None:
         """Tell the client to leave: calls that are under way, or on their way, are still answered."""
         if self._began is None and self.closed is None:
             self._began = time.monotonic()
             told = http2.goaway(http2.LAST_STREAM, Code.NO_ERROR) + http2.frame(http2.PING, 0, 0, PING)
-            self._connection.write(told)
+            connection.write(told)
 
-    def heard(self) -> None:
+    def heard(self, connection: Connection) -> None:
         """Tell the client which call was the last: it has heard that it is to leave."""
         if self._began is not None and self.refused_from is None:
-            highest = self._connection.highest
+            highest = connection.highest
             self.refused_from = highest + 1
-            self._connection.write(http2.goaway(highest, Code.NO_ERROR))
-            self.settle()
+            connection.write(http2.goaway(highest, Code.NO_ERROR))
+            self.settle(connection)
 
-    def settle(self) -> None:
+    def settle(self, connection: Connection) -> None:
         """Close if no call is left, and when what was written has been taken."""
-        if self.refused_from is None or self._connection.streams or self._timer or self.closed is not None:
+        if self.refused_from is None or connection.streams or self._timer or self.closed is not None:
             return
         self._since = time.monotonic()
-        self._look()
+        self._look(connection)
 
-    def _look(self) -> None:
+    def _look(self, connection: Connection) -> None:
         self._timer = None
         if self.closed is not None:
             return
-        left = untaken(self._connection.transport)
+        left = untaken(connection.transport)
         if not left and time.monotonic() - self._since >= _LOOK:
-            self.close()
+            self.close(connection)
         else:
-            self._timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
+            self._timer = asyncio.get_running_loop().call_later(_LOOK, self._look, connection)
 
-    def close(self) -> None:
+    def close(self, connection: Connection) -> None:
         """Close, once what was written has gone out."""
         if self.closed is None:
             self.closed = self._since = time.monotonic()
-            self._connection.transport.close()
+            connection.transport.close()
 
-    def cut(self) -> None:
+    def cut(self, connection: Connection) -> None:
         """End it with a reset."""
         self.closed = self.closed or time.monotonic()
-        reset(self._connection.transport)
+        reset(connection.transport)
 
     def ended(self) -> None:
         """Take note that the connection is gone."""
@@ -97,14 +96,14 @@ class Leaving:
             self._timer.cancel()
             self._timer = None
 
-    def tick(self, now: float, idle_timeout: float) -> bool:
+    def tick(self, connection: Connection, now: float, idle_timeout: float) -> bool:
         """See to an end that takes too long; return whether it has begun. To be called once a second."""
         if self._began is not None and self.refused_from is None and now - self._began > TO_HEAR:
-            self.heard()
+            self.heard(connection)
         if self.closed is not None or self._timer is not None:
-            left = untaken(self._connection.transport)
+            left = untaken(connection.transport)
             if left != self._left:
                 self._left, self._moved = left, now
             if now - max(self._moved, self._since) > (idle_timeout if left else _TO_GO):
-                self.cut()
+                self.cut(connection)
         return self._began is not None or self.closed is not None
