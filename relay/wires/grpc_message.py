@@ -10,9 +10,11 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
+from relay.call import Payload
 from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
+    from relay.call import Body
     from relay.limits import Pace
     from relay.wires.http2_stream import Stream
 
@@ -51,10 +53,31 @@ def length(data: bytes) -> int | None:
     return int(size)
 
 
-class NodeMessage:
-    """A message that is still arriving from its node; see `relay.call.Body`."""
+class Message(Payload):
+    """A message whose length is known as soon as its beginning is here: before it is passed on, it is."""
 
-    __slots__ = ("_idle_timeout", "_left", "_limit", "_pace", "_stream")
+    __slots__ = ("_node",)
+
+    def __init__(self, body: NodeMessage, size: int | None) -> None:
+        """Hold what `body` brings, `size` bytes if that is known already."""
+        super().__init__(body=body, size=size)
+        self._node = body
+
+    async def _pull(self, body: Body) -> bytes:
+        piece = await super()._pull(body)
+        if self.size is None:
+            self.size = self._node.size
+        return piece
+
+
+class NodeMessage:
+    """A message that is still arriving from its node; see `relay.call.Body`.
+
+    Attributes:
+        size: its length; None before that is here.
+    """
+
+    __slots__ = ("_idle_timeout", "_left", "_limit", "_pace", "_stream", "size")
 
     def __init__(self, stream: Stream, limit: int, idle_timeout: float, pace: Pace) -> None:
         """Read from `stream`.
@@ -70,6 +93,7 @@ class NodeMessage:
         self._idle_timeout = idle_timeout
         self._pace = pace
         self._left: int | None = None
+        self.size: int | None = None
 
     async def read(self) -> bytes:
         """Return the next piece; b"" at the end. See `relay.call.Body`."""
@@ -102,7 +126,7 @@ class NodeMessage:
             data += piece
         if size > self._limit:
             raise too_large(size, self._limit)
-        self._left = size
+        self._left = self.size = size
         rest = data[PREFIX.size :]
         if size and not rest:
             return await self._stream.read()

@@ -15,7 +15,7 @@ from relay.limits import Pace
 from relay.refusal import Reason, Refusal
 from relay.wires import client_certificate
 from relay.wires.forwarded import NO_CLAIMS, Claims
-from relay.wires.grpc_message import NodeMessage, at_hand, length, too_large
+from relay.wires.grpc_message import Message, NodeMessage, at_hand, length, too_large
 
 if TYPE_CHECKING:
     from relay.call import Metadata
@@ -135,7 +135,7 @@ class Receiver:
         except Refusal as refusal:
             fault = refusal
         pace = Pace(self.limits.min_rate, self.limits.rate_window)
-        return Payload(body=NodeMessage(stream, limit, self._idle_timeout, pace), size=size), fault
+        return Message(NodeMessage(stream, limit, self._idle_timeout, pace), size), fault
 
     def _too_much(self, stream: Stream) -> Refusal | None:
         fields, size, limits = stream.asked.fields, stream.asked.size, self.limits
