@@ -21,7 +21,7 @@ def addresses(settings: Settings) -> list[HostPort]:
 
 
 def grpc_addresses(settings: Settings) -> list[HostPort]:
-    """Return what each worker listens on by itself: gRPC takes no socket from the master."""
+    """Return what each worker listens on by itself (see `relay.wires.grpc_server`)."""
     return [listener.address for listener in settings.listeners if listener.speaks_grpc]
 
 

@@ -68,12 +68,11 @@ def configure(log: Log, stream: TextIO | None = None) -> None:
 
 
 def _fit_to_write(record: logging.LogRecord) -> bool:
-    """Return whether a line of gRPC's may be written.
+    """Return whether a line of grpcio's may be written: none with metadata that is no UTF-8.
 
-    Not metadata that is no UTF-8: it comes from anybody, before authentication, and may be a credential.
-    Nor that a node left before its answer was sent, which is no error: its call is counted, as `node_gone`.
+    It would show them, and they may be a secret that a SuperLink, or something before it, gives back.
     """
-    return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised"))
+    return not str(record.msg).startswith("Invalid encoding on")
 
 
 def _renderer(log: Log, stream: TextIO) -> list[Processor]:

@@ -1,7 +1,8 @@
 """How long workers have waited for a processor: that is no sign that they hang.
 
-On a host with too much to do, what takes a second may take twenty: a message of a GiB is copied by gRPC in
-one go. A worker that was not let to work is not killed for it; one that works or sleeps without a word is.
+On a host with too much to do, what takes a second may take twenty: grpcio, by which a gRPC SuperLink is
+asked, copies a message of a GiB in one go. A worker that was not let to work is not killed for it; one that
+works or sleeps without a word is.
 """
 
 from __future__ import annotations

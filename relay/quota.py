@@ -1,9 +1,9 @@
 """How many bytes of messages a worker holds at a time, where it cannot pass them on piece by piece.
 
-gRPC hands a message over whole. Whoever is about to receive one that may be long first takes a share of the
-quota, and waits for it in the order of arrival. One whose length is not known takes what most need, and grows
-as more comes. Beyond the limit only one may grow at a time, so that one comes to its end: what is held is
-bounded by the limit and the longest message.
+Messages are whole towards a gRPC SuperLink and in the containers of Flower's gRPC adapter. Whoever is about
+to receive one that may be long first takes a share of the quota, and waits for it in the order of arrival.
+One whose length is not known takes what most need, and grows as more comes. Beyond the limit only one may
+grow at a time, so that one comes to its end: what is held is bounded by the limit and the longest message.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A stop loses no call: the worker stops accepting, says `Connection: close` with each answer it still gives,
 lets connections leave by themselves, and only then closes the ones on which nothing happened since.
 (aiohttp's own worker closes idle connections at once: measured, that loses 0.3 to 1.9 % of the calls
-under load at each reload.)
+under load at each reload.) gRPC's clients are told to leave, and do so at once (`wires/http2_leaving`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gunicorn.workers.base import Worker
 
 from relay import tls, tls_files
 from relay.chores import Chores
-from relay.wires.grpc_server import CONNECTION_SECONDS, GrpcServer
+from relay.wires.grpc_server import GrpcServer
 from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
 
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from relay.app import Relay
-    from relay.settings import Listener, Settings
+    from relay.settings import Settings
     from relay.shared import Shared
     from relay.tls_files import ListenerTls
-    from relay.wires.grpc_fleet import GrpcFront
 
 log = structlog.get_logger("relay.worker")
 
@@ -46,8 +45,6 @@ ACCEPTS = 8
 #: A call leaves no cycles behind, so the collector may look seldom (the default is 700, 10, 10).
 GC_THRESHOLDS = (20_000, 20, 20)
 _TURN = 0.05
-#: gRPC connections are told to leave at an age of at most this share of `drain.timeout`.
-_SHARE_TO_LEAVE = 0.75
 #: Seconds that a worker with old settings goes on with gRPC ports until those with newer ones listen there.
 #: They need well under a second; on a host that swaps they may need longer.
 _HEIR_SECONDS = 30.0
@@ -92,7 +89,7 @@ class RelayWorker(Worker):  # type: ignore[misc]
     async def _serve(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         _prepare_metrics()
-        # gRPC's own lines are no JSON, and what it complains of becomes a Refusal.
+        # For a gRPC SuperLink: grpcio's own lines are no JSON, and what it complains of becomes a Refusal.
         os.environ["GRPC_VERBOSITY"] = "NONE"  # flwr may have set another one
         from relay import admin, app  # noqa: PLC0415 - after the fork, and after the metrics are prepared
 
@@ -118,7 +115,11 @@ class RelayWorker(Worker):  # type: ignore[misc]
                 servers.append(NodeServer(front, listener.keepalive))
                 listening += await self._listen(servers[-1], next(sockets).sock, files)
             else:
-                grpc_servers.append(await _listen_grpc(front, listener, files, settings))
+                address = listener.address
+                grpc_servers.append(
+                    GrpcServer(front, address.host, address.port, keepalive=listener.keepalive, files=files)
+                )
+                await grpc_servers[-1].start()
         # What was made so far lives as long as the worker: never look at it again.
         gc.collect()
         gc.freeze()
@@ -210,23 +211,20 @@ class RelayWorker(Worker):  # type: ignore[misc]
     ) -> None:
         """Once a second tell the master that this worker is alive, until it has drained; stop without one."""
         chores = Chores()
-        try:
-            while True:
-                # A worker that does not tell is shot: this comes first, and waits for nothing.
-                chores.do("notify", self.notify)
-                chores.do("tick", relay.tick)
-                for server in servers:
-                    chores.do("certificates", server.check_certificates)
-                for each in grpc_servers:
-                    chores.do("grpc", each.tick)
-                    if self.shared.stopping:
-                        chores.do("health", each.not_ready)
-                if self.ppid != os.getppid() and not self.stop.is_set():
-                    log.warning("the master is gone; stopping", pid=os.getpid())
-                    self.stop.set()
-                await asyncio.sleep(1.0)
-        finally:
-            chores.stop()
+        while True:
+            # A worker that does not tell is shot: this comes first, and waits for nothing.
+            chores.do("notify", self.notify)
+            chores.do("tick", relay.tick)
+            for server in servers:
+                chores.do("certificates", server.check_certificates)
+            for each in grpc_servers:
+                chores.do("grpc", each.tick)
+                if self.shared.stopping:
+                    chores.do("health", each.not_ready)
+            if self.ppid != os.getppid() and not self.stop.is_set():
+                log.warning("the master is gone; stopping", pid=os.getpid())
+                self.stop.set()
+            await asyncio.sleep(1.0)
 
 
 def _unreadable(path: Path | None) -> str | None:
@@ -237,22 +235,6 @@ def _unreadable(path: Path | None) -> str | None:
     except OSError as error:
         return f"{path}: {error.strerror}"
     return None
-
-
-async def _listen_grpc(
-    front: GrpcFront, listener: Listener, files: ListenerTls | None, settings: Settings
-) -> GrpcServer:
-    server = GrpcServer(
-        front,
-        listener.address.host,
-        listener.address.port,
-        keepalive=listener.keepalive,
-        # So that all connections have left in time.
-        age=min(CONNECTION_SECONDS, settings.drain.timeout * _SHARE_TO_LEAVE),
-        files=files,
-    )
-    await server.start()
-    return server
 
 
 async def drain(servers: list[NodeServer], timeout: float, idle_grace: float) -> None:
