@@ -116,6 +116,8 @@ class GrpcFront:
         rpc = Rpc(self, stream, task)
         stream.on_gone = rpc.gone
         try:
+            if stream.gone:
+                raise NodeGone
             if stream.connection.full:
                 # One that only asks on would fill the memory.
                 await stream.caught_up(self._pace(), self.idle_timeout)
@@ -134,7 +136,7 @@ class GrpcFront:
         if rpc.call is None:
             self.stray("node_gone")  # no chain has run that would count it
         rpc.end("node_gone", lost=rpc.reply is not None)
-        rpc.stream.reset(Code.CANCEL)
+        rpc.stream.reset(Code.REFUSED_STREAM)  # one that is slow is UNAVAILABLE to itself, as over HTTP
 
     async def _serve(self, rpc: Rpc, stream: Stream) -> None:
         asked = stream.asked

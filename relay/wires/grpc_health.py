@@ -49,13 +49,16 @@ class Health:
 
     def check(self, stream: Stream) -> None:
         """Tell the status."""
-        if not stream.answer(HEAD, _message(self._status), OK):
+        # One that only asks on would fill the memory.
+        if stream.connection.full or not stream.answer(HEAD, _message(self._status), OK):
             stream.reset(Code.REFUSED_STREAM)
 
     async def watch(self, stream: Stream) -> None:
         """Tell the status, and the next one when it comes."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - this is a coroutine
+        if stream.gone:
+            return
         stream.on_gone = task.cancel
         end = asyncio.get_running_loop().time() + self._watch_seconds
         stream.head(HEAD)

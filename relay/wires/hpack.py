@@ -102,6 +102,9 @@ _EOS = len(_CODE_BITS) - 1
 _EOS_PATH = (2 << _CODE_BITS[_EOS]) - 1
 _LONGEST_PADDING = 0xFF  # the path of 7 ones
 
+#: Begins a block and says that the dynamic table is empty, and stays so.
+NO_TABLE = b"\x20"
+
 _CACHED_STRINGS = 1024
 _CACHED_BYTES = 256
 

@@ -32,6 +32,7 @@ PRIORITIZED = 0x20
 #: Length of a payload, window and table that hold before anybody has said otherwise.
 FIRST_FRAME = 16_384
 FIRST_WINDOW = 65_535
+FIRST_TABLE = 4096
 MOST_WINDOW = 2**31 - 1
 LAST_STREAM = 2**31 - 1
 

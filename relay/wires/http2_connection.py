@@ -21,11 +21,12 @@ import structlog
 
 from relay.tls import handshake_done
 from relay.wires import http2, http2_leaving, http2_request
-from relay.wires.hpack import Decoder, HpackError
+from relay.wires.hpack import NO_TABLE, Decoder, HpackError
 from relay.wires.http2 import Code, Http2Error, Setting
 from relay.wires.http2_leaving import TO_HEAR, Leaving
-from relay.wires.http2_reader import MOST_DATA, Reader
+from relay.wires.http2_reader import MOST_FRAME, Reader
 from relay.wires.http2_stream import UNASKED, Stream
+from relay.wires.http2_turns import Turns
 from relay.wires.http2_wants import Wants
 
 if TYPE_CHECKING:
@@ -44,9 +45,12 @@ WINDOW = 16 * 1024 * 1024
 #: A head with more bytes than this multiple of what it may have is not even read to its end.
 _FAR = 2
 #: Frames that cost the client nothing: how many it may send at once, and what fills that up again.
-_ALLOWANCE = 1000
+_ALLOWANCE = 3000
 _PER_SECOND = 100
 _PER_ANSWER = 10
+#: A window that opens by less counts as such a frame, and settings once more for so many streams.
+_LITTLE = 256
+_STREAMS_A_FRAME = 16
 
 
 class Connection(asyncio.Protocol):
@@ -62,6 +66,7 @@ class Connection(asyncio.Protocol):
         wants: what the client has said of itself.
         full: whether what was written must first be taken.
         streams: calls that are not answered yet, by number.
+        turns: which of them wait for the client to take more.
         highest: number of the last call that has come.
     """
 
@@ -78,6 +83,7 @@ class Connection(asyncio.Protocol):
         self.wants = Wants()
         self.full = False
         self.streams: dict[int, Stream] = {}
+        self.turns = Turns()
         self._decoder = Decoder()
         self._reader = Reader(self, _FAR * server.front.limits.head_size)
         self._begun: list[Stream] = []
@@ -112,7 +118,7 @@ class Connection(asyncio.Protocol):
         welcome = {
             Setting.MAX_CONCURRENT_STREAMS: STREAMS,
             Setting.INITIAL_WINDOW_SIZE: UNASKED,
-            Setting.MAX_FRAME_SIZE: MOST_DATA,
+            Setting.MAX_FRAME_SIZE: MOST_FRAME,
             # More than the limit, so that the answer is ours: a client refuses by itself what is longer.
             Setting.MAX_HEADER_LIST_SIZE: _FAR * limits.head_size,
             Setting.GRPC_ALLOW_TRUE_BINARY_METADATA: 1,
@@ -135,7 +141,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """It has taken enough of it."""
         self.full = False
-        self._wake()
+        self.next_turn()
 
     def data_received(self, data: bytes) -> None:
         """Take the next bytes."""
@@ -168,9 +174,9 @@ class Connection(asyncio.Protocol):
             self._window += self._used
             self.write(http2.window_update(0, self._used))
             self._used = 0
-        if size <= padding:
-            self._allowance -= 1
         stream = self.streams.get(number)
+        if size <= padding or (stream is None and size < _LITTLE):
+            self._allowance -= 1
         if stream is not None:
             if stream.ended or not stream.expects(size):
                 self.reset_stream(stream, Code.STREAM_CLOSED if stream.ended else Code.FLOW_CONTROL_ERROR)
@@ -202,13 +208,15 @@ class Connection(asyncio.Protocol):
         self.highest = number
         refused_from = self._leaving.refused_from
         if refused_from is not None and number >= refused_from:
+            self._allowance -= 1
             return  # it was told so, and asks elsewhere
-        self._allowance -= 1  # which its answer gives back
         if len(self.streams) >= STREAMS:
+            self._allowance -= 1
             self.write(http2.rst_stream(number, Code.REFUSED_STREAM))
             return
         head = http2_request.read(fields, size)
         if head is None or (ended and head.length):
+            self._allowance -= 1
             self.write(http2.rst_stream(number, Code.PROTOCOL_ERROR))
             return
         stream = Stream(self, number, head, room=self.wants.window, ended=ended)
@@ -255,13 +263,13 @@ class Connection(asyncio.Protocol):
     def _window_update(self, number: int, payload: bytes) -> None:
         http2.sized(payload, 4)
         more = http2.UINT32.unpack(payload)[0] & http2.MOST_WINDOW
+        self._allowance -= more < _LITTLE
         if not number:
             self.room += more
             if not more or self.room > http2.MOST_WINDOW:
                 code = Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR
                 raise Http2Error(code, f"a window that opens by {more}")
-            if self.streams:
-                self._wake()
+            self.next_turn()
             return
         stream = self._call(number)
         if stream is None:
@@ -273,6 +281,7 @@ class Connection(asyncio.Protocol):
         http2.sized(payload, 4)
         stream = self._call(number)
         if stream is not None:
+            self._allowance -= 1
             self._forget(stream)
             stream.lose()
 
@@ -289,7 +298,7 @@ class Connection(asyncio.Protocol):
         if flags & http2.ACK:
             http2.sized(payload, 0)
             return
-        self._allowance -= 1
+        self._allowance -= 1 + len(self.streams) // _STREAMS_A_FRAME
         more = self.wants.take(payload)
         if more:
             for stream in self.streams.values():
@@ -380,6 +389,12 @@ class Connection(asyncio.Protocol):
             self._idle_since = time.monotonic()
             self._leaving.settle(self)
 
-    def _wake(self) -> None:
-        for stream in self.streams.values():
-            stream.wake()
+    def next_turn(self) -> None:
+        """Have another stream write, if the client takes more."""
+        if not self.full:
+            self.turns.give(self.room)
+
+    def resize(self, block: bytes) -> bytes:
+        """Return a header block that tells first that no table is used (RFC 7541, 4.2)."""
+        self.wants.smaller_table = False
+        return NO_TABLE + block

@@ -12,8 +12,9 @@ from typing import Protocol, cast
 from relay.wires import http2
 from relay.wires.http2 import Code, Http2Error
 
-#: Longest DATA frame that is welcome: longer ones than RFC 9113's least save heads in an upload.
-MOST_DATA = 1024 * 1024
+#: Longest frame that is welcome: longer ones of DATA than RFC 9113's least save heads in an upload.
+MOST_FRAME = 1024 * 1024
+_OF_HEADS = frozenset({http2.HEADERS, http2.CONTINUATION})
 #: Data of less than this is copied out of what it came in. More of it is passed on as a view, which is all
 #: that bodies are used for: joined, measured and written.
 _COPIED = 4096
@@ -54,6 +55,7 @@ class Reader:
         "_preface",
         "_receiver",
         "_rest",
+        "_since",
         "greeted",
     )
 
@@ -62,6 +64,7 @@ class Reader:
         self._receiver = receiver
         self._most_head = most_head
         self._rest = b""
+        self._since = 0.0
         self._preface = http2.PREFACE
         self.greeted = False
         # A DATA frame that is coming: what is still to come of it, of its padding, and if it is the last.
@@ -81,8 +84,10 @@ class Reader:
 
     @property
     def head_since(self) -> float | None:
-        """`time.monotonic()` when the head began that is coming; None if there is none."""
-        return None if self._block is None else self._block[3]
+        """`time.monotonic()` when the head, or any frame but DATA, began that is coming; None if none is."""
+        if self._block is not None:
+            return self._block[3]
+        return self._since if self._rest else None
 
     def take(self, data: bytes) -> None:
         """Take the next bytes. Raises Http2Error."""
@@ -93,7 +98,12 @@ class Reader:
         while at is not None:
             done = at
             at = self._next(data, at)
-        self._rest = data[done:] if done < len(data) else b""
+        if done < len(data):
+            if done or not self._rest:
+                self._since = time.monotonic()
+            self._rest = data[done:]
+        else:
+            self._rest = b""
 
     def _take_preface(self, data: bytes) -> int:
         size = min(len(data), len(self._preface))
@@ -127,7 +137,10 @@ class Reader:
                 return None  # how long it is padded stands in the next byte
             return self._begin_data(data, begin, size, flags, number)
         if size > http2.FIRST_FRAME:
-            raise Http2Error(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes, type {kind}")
+            if size > MOST_FRAME or kind not in _OF_HEADS:
+                raise Http2Error(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes, type {kind}")
+            if size > self._most_head:
+                raise Http2Error(Code.ENHANCE_YOUR_CALM, f"a head of {size} bytes")
         if end - begin < size:
             return None
         self._frame(kind, flags, number, data[begin : begin + size])
@@ -154,7 +167,7 @@ class Reader:
 
     def _begin_data(self, data: bytes, at: int, size: int, flags: int, number: int) -> int:
         """Take the head of a DATA frame; return where its data begins."""
-        if size > MOST_DATA:
+        if size > MOST_FRAME:
             raise Http2Error(Code.FRAME_SIZE_ERROR, f"data of {size} bytes")
         padding = 0
         self._left, self._last = size, bool(flags & http2.END_STREAM)

@@ -15,6 +15,7 @@ _NEEDED = _PSEUDO - {b":authority"}
 _OF_HTTP_1 = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 #: Names that were looked at and found sound: nodes send few.
 _MOST_KNOWN = 1024
+_LONGEST_KNOWN = 64
 _known: set[bytes] = set()
 
 
@@ -71,6 +72,6 @@ def names_are_sound(fields: Metadata) -> bool:
             continue
         if name in _OF_HTTP_1 or _NAME.fullmatch(name) is None:
             return False
-        if len(_known) < _MOST_KNOWN:
+        if len(_known) < _MOST_KNOWN and len(name) <= _LONGEST_KNOWN:
             _known.add(name)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ AHEAD = 1024 * 1024
 #: Most bytes of an answer that are written at a time, and of one frame.
 _BURST = 256 * 1024
 _MOST_FRAME = 64 * 1024
+#: Pieces of a request that are shorter together are one.
+_SMALL = 2048
 
 
 class Stream:
@@ -95,7 +98,12 @@ class Stream:
 
     def feed(self, piece: bytes) -> None:
         """Take what came of the body."""
-        self._pieces.append(piece)
+        pieces = self._pieces
+        if pieces and len(piece) + len(pieces[-1]) <= _SMALL:
+            # As objects of their own they would take many times their size.
+            pieces[-1] = bytes(pieces[-1]) + piece
+        else:
+            pieces.append(piece)
         if self._length is not None:
             self._length -= len(piece)
         if self._reader is not None:
@@ -161,6 +169,8 @@ class Stream:
         size, connection = len(body), self.connection
         if size > min(self._room, connection.room, http2.FIRST_FRAME):
             return False
+        if connection.wants.smaller_table:
+            head = connection.resize(head)
         self._room -= size
         connection.room -= size
         number = self.number
@@ -179,6 +189,8 @@ class Stream:
     def head(self, block: bytes, *, last: bool = False) -> None:
         """Write a header block: the head of the answer, or its trailers, which end it."""
         flags = http2.END_HEADERS | (http2.END_STREAM if last else 0)
+        if self.connection.wants.smaller_table:
+            block = self.connection.resize(block)
         self.connection.write(http2.frame(http2.HEADERS, flags, self.number, block))
         if last:
             self.connection.close_stream(self)
@@ -205,20 +217,27 @@ class Stream:
         Raises:
             NodeGone: it has left, or takes next to nothing.
         """
-        connection = self.connection
-        for piece in pieces:
-            view, at = memoryview(piece), 0
-            while at < len(view):
-                size = min(len(view) - at, self._room, connection.room, _BURST)
-                if size <= 0 or connection.full:
-                    await self._moves(pace, idle_timeout)
-                    continue
-                if self.gone:
-                    raise NodeGone
-                self._room -= size
-                connection.room -= size
-                self._write(view[at : at + size])
-                at += size
+        connection, sent = self.connection, 0
+        try:
+            for piece in pieces:
+                view, at = memoryview(piece), 0
+                while at < len(view):
+                    size = min(len(view) - at, self._room, connection.room, _BURST)
+                    if size <= 0 or connection.full:
+                        await self._moves(
+                            connection.turns.waiting if self._room > 0 else None, sent, pace, idle_timeout
+                        )
+                        sent = 0
+                        continue
+                    if self.gone:
+                        raise NodeGone
+                    self._room -= size
+                    connection.room -= size
+                    self._write(view[at : at + size])
+                    at += size
+                    sent += size
+        finally:
+            connection.next_turn()
 
     def _write(self, data: memoryview) -> None:
         most = min(self.connection.wants.frame, _MOST_FRAME)
@@ -230,14 +249,30 @@ class Stream:
 
     async def caught_up(self, pace: Pace, idle_timeout: float) -> None:
         """Wait until the node has taken enough of earlier answers. Raises NodeGone."""
-        while self.connection.full:
-            await self._moves(pace, idle_timeout)
+        connection = self.connection
+        try:
+            while connection.full:
+                await self._moves(connection.turns.asking, 0, pace, idle_timeout)
+        finally:
+            connection.next_turn()
 
-    async def _moves(self, pace: Pace, idle_timeout: float) -> None:
-        """Wait until the node takes more; a slow one may, one that takes next to nothing is gone."""
+    async def _moves(
+        self, queue: dict[Stream, None] | None, sent: int, pace: Pace, idle_timeout: float
+    ) -> None:
+        """Wait until the node takes more; a slow one may, one that takes next to nothing is gone.
+
+        Args:
+            queue: of those that wait for the same; None if this is for the stream alone.
+            sent: bytes since the last wait.
+            pace, idle_timeout: see `send`.
+        """
         if self.gone:
             raise NodeGone
-        left = untaken(self.connection.transport)
+        connection = self.connection
+        if queue is not None:
+            queue[self] = None
+        connection.next_turn()
+        left, turns, began = untaken(connection.transport), connection.turns.given, time.monotonic()
         self._moved = asyncio.get_running_loop().create_future()
         try:
             while True:
@@ -245,18 +280,23 @@ class Stream:
                 done, _ = await asyncio.wait((self._moved,), timeout=idle_timeout)
                 if done:
                     break
-                before, left = left, untaken(self.connection.transport)
-                if left >= before or not pace.holds(idle_timeout, before - left):
+                before, left = left, untaken(connection.transport)
+                if queue is not None and turns != connection.turns.given:
+                    turns = connection.turns.given  # the node takes answers to others before it in the queue
+                elif left >= before or not pace.holds(idle_timeout, before - left):
                     raise NodeGone
         finally:
             self._moved = None
-        if self.gone:
+            if queue is not None:
+                queue.pop(self, None)
+        if self.gone or (sent and not pace.holds(time.monotonic() - began, sent)):
             raise NodeGone
 
     def widen(self, more: int) -> bool:
         """Take note that the node takes so many more bytes, or fewer; return whether that may be."""
         self._room += more
-        self.wake()
+        if self._room > 0 and self not in self.connection.turns.waiting:
+            self.wake()
         return self._room <= http2.MOST_WINDOW
 
     def wake(self) -> None:
