@@ -123,7 +123,7 @@ def _bare(hop: str) -> str:
 def _first_hop(direct: str, host: bytes, tls: bool) -> tuple[tuple[bytes, bytes], ...]:
     """Return the forwarding headers of a request that came from its node without a proxy between."""
     proto = b"https" if tls else b"http"
-    asked = b"host=%b;" % _quoted(host) if host else b""  # gRPC does not tell which host was asked for
+    asked = b"host=%b;" % _quoted(host) if host else b""  # gRPC's is not looked at
     return (
         (b"forwarded", b"for=%b;%bproto=%b" % (_quoted(_node(direct)), asked, proto)),
         (b"x-forwarded-for", direct.encode() or b"unknown"),
