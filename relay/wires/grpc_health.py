@@ -63,6 +63,8 @@ class Health:
         end = asyncio.get_running_loop().time() + self._watch_seconds
         stream.head(HEAD)
         stream.tell(_message(told := self._status))
+        if stream.gone:
+            return  # it takes not even that
         await _wait(self._news, end)
         if self._status != told:
             stream.tell(_message(self._status))
