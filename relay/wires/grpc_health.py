@@ -62,9 +62,8 @@ class Health:
         stream.on_gone = task.cancel
         end = asyncio.get_running_loop().time() + self._watch_seconds
         stream.head(HEAD)
-        stream.tell(_message(told := self._status))
-        if stream.gone:
-            return  # it takes not even that
+        if not stream.tell(_message(told := self._status)):
+            return
         await _wait(self._news, end)
         if self._status != told:
             stream.tell(_message(self._status))

@@ -195,16 +195,20 @@ class Stream:
         if last:
             self.connection.close_stream(self)
 
-    def tell(self, body: bytes) -> None:
-        """Write a short part of the answer's body; a node that takes not even that loses the call."""
+    def tell(self, body: bytes) -> bool:
+        """Write a short part of the answer's body; a node that takes not even that loses the call.
+
+        Return whether it goes on.
+        """
         if self.gone:
-            return
+            return False
         if len(body) > min(self._room, self.connection.room):
             self.reset(http2.Code.REFUSED_STREAM)
-            return
+            return False
         self._room -= len(body)
         self.connection.room -= len(body)
         self.connection.write(http2.frame(http2.DATA, 0, self.number, body))
+        return True
 
     async def send(self, *pieces: bytes, pace: Pace, idle_timeout: float) -> None:
         """Write a part of the answer's body, as fast as the node takes it.
