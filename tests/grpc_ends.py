@@ -11,6 +11,7 @@ from relay.fleet import BY_GRPC, Method
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
     from typing import Self
 
     Answer = Callable[["Asked", aio.ServicerContext[bytes, bytes]], Awaitable[bytes]]
@@ -36,6 +37,11 @@ class Answered(NamedTuple):
     code: str
     details: str
     trailing: dict[str, Any]
+
+
+def server_credentials(certificate: Path, key: Path) -> grpc.ServerCredentials:
+    """Return what a SuperLink proves with who it is."""
+    return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
 
 
 class GrpcSuperLink(grpc.GenericRpcHandler):  # type: ignore[misc]

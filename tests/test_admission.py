@@ -93,7 +93,7 @@ async def test_a_credential_that_nobody_asks_for_stays_here_over_grpc_too(wire: 
         relay = build(settings_for(superlink.port, **given), HostTable(64))
         (front,) = relay.fronts
         assert isinstance(front, GrpcFront)
-        server = GrpcServer(front, "127.0.0.1:0", max_body=1 << 20, keepalive=75.0)
+        server = GrpcServer(front, "127.0.0.1", 0, keepalive=75.0)
         await server.start()
         try:
             async with GrpcNode(server.port) as node:

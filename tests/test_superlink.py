@@ -18,9 +18,8 @@ from relay.tls_files import UpstreamTls
 from relay.upstreams.breaker import Breaker
 from relay.upstreams.http import HttpUpstream
 from relay.upstreams.pool import Pool
-from relay.wires.grpc_tls import server_credentials
 from tests.certificates import make_pair
-from tests.grpc_ends import GrpcSuperLink
+from tests.grpc_ends import GrpcSuperLink, server_credentials
 from tests.sockets import Listener, response, until
 
 if TYPE_CHECKING:
@@ -248,7 +247,7 @@ async def test_a_grpc_superlink_is_checked_by_the_authorities_that_the_file_hold
     other, _ = make_pair(tmp_path, "other")
     authorities = tmp_path / "ca.pem"
     authorities.write_bytes(other.read_bytes())
-    async with GrpcSuperLink(credentials=server_credentials([(certificate, key)])) as asked:
+    async with GrpcSuperLink(credentials=server_credentials(certificate, key)) as asked:
         chosen = settings(
             UPSTREAM__URL=f"https://localhost:{asked.port}",
             UPSTREAM__WIRE="grpc",

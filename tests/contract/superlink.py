@@ -30,7 +30,7 @@ from relay.limits import Limits, bodies
 from relay.quota import Quota
 from relay.wires.forwarded import Forwarding
 from relay.wires.grpc_fleet import GrpcFront
-from relay.wires.grpc_message import Messages
+from relay.wires.grpc_request import Receiver as GrpcReceiver
 from relay.wires.grpc_server import GrpcServer
 from relay.wires.http import Front, Route
 from relay.wires.http_request import CONTENT_TYPE, Receiver
@@ -249,13 +249,12 @@ async def _grpc_relay(superlink: SuperLink) -> AsyncIterator[str]:
     handlers = {(superlink.wire, method): partial(superlink.handle, method) for method in Method}
     front = GrpcFront(
         handlers,
-        Forwarding(()),
+        GrpcReceiver(Forwarding(()), Limits(dict.fromkeys(Method, 1 << 20)), 30.0),
         Quota(1 << 30),
-        Messages(Limits(dict.fromkeys(Method, 1 << 20)), 30.0),
-        tls=False,
+        idle_timeout=30.0,
         on_stray=lambda _: None,
     )
-    server = GrpcServer(front, "127.0.0.1:0", max_body=1 << 20, keepalive=75.0)
+    server = GrpcServer(front, "127.0.0.1", 0, keepalive=75.0)
     await server.start()
     try:
         yield f"127.0.0.1:{server.port}"

@@ -13,7 +13,6 @@ from relay.call import Call, Ending, Identity, Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.policies import AccessLog, access_log
 from relay.refusal import NodeGone, Reason, Refusal
-from relay.wires.grpc_message import Message
 
 MakeCall = Callable[..., Call]
 
@@ -198,7 +197,7 @@ async def test_a_message_of_grpc_is_not_received_for_the_log_and_its_ids_are_wri
     make_call: MakeCall, log: CapturingLogger, debug: bool
 ) -> None:
     """Whoever sends it has not been asked yet who he is."""
-    call = make_call(Method.PUSH_OBJECT, Message(Body(REQUEST)), wire=Wire.GRPC)
+    call = make_call(Method.PUSH_OBJECT, Payload(body=Body(REQUEST)), wire=Wire.GRPC)
 
     async def auth(call: Call) -> Reply:
         assert call.payload.passed == 0

@@ -17,9 +17,8 @@ from relay.upstreams.channels import Channels, Secured
 from relay.upstreams.grpc_fleet import GrpcUpstream
 from relay.upstreams.http import Timeouts
 from relay.upstreams.http_v1 import PASSES
-from relay.wires.grpc_tls import server_credentials
 from tests.certificates import make_pair
-from tests.grpc_ends import GrpcSuperLink
+from tests.grpc_ends import GrpcSuperLink, server_credentials
 from tests.relay_process import free_port
 from tests.upstreams.conftest import Endless, body
 
@@ -412,7 +411,7 @@ async def test_an_upload_that_breaks_off_is_not_sent(
 
 @pytest.mark.parametrize("method", [Method.PULL_OBJECT, Method.GET_FAB])
 @pytest.mark.parametrize("wire", [Wire.HTTP_V1, Wire.GRPC])
-async def test_a_long_object_goes_to_an_http_node_in_pieces(
+async def test_a_long_object_goes_to_its_node_in_pieces(
     upstream: GrpcUpstream, superlink: GrpcSuperLink, make_call: MakeCall, wire: Wire, method: Method
 ) -> None:
     long = b"x" * 1_000_000
@@ -422,7 +421,7 @@ async def test_a_long_object_goes_to_an_http_node_in_pieces(
 
     superlink.answer = answer
     reply = await upstream(make_call(method, b"x", wire=wire))
-    assert (reply.payload.data is None) is (wire is Wire.HTTP_V1 and method is Method.PULL_OBJECT)
+    assert (reply.payload.data is None) is (method is Method.PULL_OBJECT)
     assert reply.payload.size == len(long)
     assert await whole(reply) == long
     reply.payload.close()
@@ -466,7 +465,7 @@ async def test_tls_checks_the_superlink(
 ) -> None:
     certificate, key = make_pair(tmp_path)
     other, _ = make_pair(tmp_path, "other")
-    async with GrpcSuperLink(credentials=server_credentials([(certificate, key)])) as superlink:
+    async with GrpcSuperLink(credentials=server_credentials(certificate, key)) as superlink:
         known = make_upstream(superlink.port, tls=Secured(certificate.read_bytes()), host="localhost")
         assert (await known(make_call(Method.PULL_MESSAGES, b"x"))).status == 200
         unknown = make_upstream(superlink.port, tls=Secured(other.read_bytes()), host="localhost")
@@ -487,7 +486,7 @@ async def test_other_authorities_are_in_force_with_the_next_call_and_cut_none(
             await go.wait()
         return ANSWER
 
-    async with GrpcSuperLink(credentials=server_credentials([(certificate, key)])) as superlink:
+    async with GrpcSuperLink(credentials=server_credentials(certificate, key)) as superlink:
         superlink.answer = answer
         known = Secured(certificate.read_bytes())
         upstream = make_upstream(superlink.port, tls=known, host="localhost")

@@ -26,6 +26,7 @@ from relay.quota import Quota
 from relay.refusal import Reason
 from relay.settings import Tls
 from relay.tls_files import ListenerTls
+from relay.wires import http2_connection
 from relay.wires.forwarded import Forwarding
 from relay.wires.grpc_fleet import GrpcFront
 from relay.wires.grpc_health import SERVING
@@ -146,6 +147,18 @@ async def test_calls_on_one_connection_too_many_are_told_to_come_back(
     await third.channel.close()
     await until(lambda: len(server.connections) == 1)
     assert (await fourth.ask(method, REQUEST)).data == b"answer"
+
+
+async def test_the_place_of_a_connection_too_many_is_soon_free(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http2_connection, "TO_HEAR", 0.05)
+    server = await serve(stack, Slow(go=True), connections=1)
+    first, second = [await node_of(stack, server) for _ in range(2)]
+    assert (await first.ask(Method.GET_RUN, REQUEST)).code == "OK"
+    assert (await second.ask(Method.GET_RUN, REQUEST)).code == "UNAVAILABLE"
+    await ticking(server, lambda: len(server.connections) == 1, 5.0)
+    assert (await first.ask(Method.GET_RUN, REQUEST)).code == "OK"
 
 
 async def test_far_too_many_connections_are_reset_at_once(stack: AsyncExitStack) -> None:
