@@ -269,6 +269,8 @@ class GrpcFront:
             await stream.send(start, data, pace=self._pace(), idle_timeout=self.idle_timeout)
             stream.head(trailers, last=True)
             return "ok", len(data)
+        if payload.size > MOST_BYTES:
+            raise too_large(payload.size, MOST_BYTES)
         rpc.answering = True
         stream.head(HEAD)
         sent = await self._pass_on(rpc, call, payload, payload.size)

@@ -381,6 +381,26 @@ async def test_a_part_never_passes_for_the_whole(
     assert served.front.in_flight == served.held.held == 0
 
 
+@pytest.mark.parametrize("size", [2**31, 2**32 + 2])
+@pytest.mark.parametrize("wire", [Wire.GRPC, Wire.GRPC_ADAPTER])
+async def test_an_answer_that_is_too_long_for_grpc_is_refused(
+    serve: Callable[..., Awaitable[Served]], size: int, wire: Wire
+) -> None:
+    body = Pieces(b"ab")
+
+    async def answer(call: Call) -> Reply:
+        return Reply(Payload(body=body, size=size), Source.UPSTREAM)
+
+    served = await serve(answer)
+    path = Method.PULL_OBJECT.grpc if wire is Wire.GRPC else grpc_adapter.PATH
+    data = REQUEST if wire is Wire.GRPC else contained(Method.PULL_OBJECT)
+    told = dialect.answer(wire, Reason.TOO_LARGE, Method.PULL_OBJECT)
+    assert isinstance(told, dialect.Abort)
+    assert (await served.node.ask(path, data)).code == told.code
+    assert body.closed
+    assert (await served.ending()).outcome == "too_large"
+
+
 async def test_an_answer_of_unknown_length_that_breaks_off_is_refused(
     serve: Callable[..., Awaitable[Served]],
 ) -> None:
