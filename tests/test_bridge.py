@@ -112,6 +112,123 @@ def test_a_value_that_grpc_would_refuse_is_left_out(value: bytes) -> None:
     assert bridge.to_metadata([(b"x", value)]) == []
 
 
+# -- as it stands in HTTP/2 -----------------------------------------------------------------------------
+
+
+def as_fields(metadata: list[tuple[str, str | bytes]], *, padded: bool = True) -> list[tuple[bytes, bytes]]:
+    """Write metadata as a gRPC client does."""
+    fields = []
+    for key, value in metadata:
+        text = b64encode(value) if isinstance(value, bytes) else value.encode()
+        fields.append((key.encode(), text if padded else text.rstrip(b"=")))
+    return fields
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_proof_means_the_same_as_it_stands_in_http_2(padded: bool) -> None:
+    assert bridge.from_fields(as_fields(PROOF, padded=padded)) == PROOF_HEADERS
+    assert bridge.to_fields(PROOF_HEADERS) == as_fields(PROOF)
+
+
+def test_a_proof_may_come_as_it_is_behind_a_zero() -> None:
+    fields = [(b"flwr-public-key-bin", b"\0" + KEY), (b"flwr-timestamp", TIMESTAMP.encode())]
+    assert bridge.from_fields([*fields, (b"flwr-signature-bin", b"\0" + SIGNATURE)]) == PROOF_HEADERS
+    assert bridge.from_fields([(b"x-some", b"\0abc")]) == [], "only what is binary by its name"
+
+
+@pytest.mark.parametrize("name", [b"flwr-public-key", b"flwr-signature"])
+def test_a_proof_under_its_http_name_does_not_come_in_with_http_2(name: bytes) -> None:
+    forged = (name, b64encode(b"forged"))
+    assert bridge.from_fields([forged, *as_fields(PROOF), forged]) == PROOF_HEADERS
+
+
+@pytest.mark.parametrize("name", [b"flwr-public-key-bin", b"Flwr-Signature-Bin"])
+def test_a_proof_under_its_grpc_name_does_not_go_out_with_http_2(name: bytes) -> None:
+    assert bridge.to_fields([(name, b64encode(SIGNATURE))]) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            b"content-type",
+            b"te",
+            b"user-agent",
+            b"grpc-timeout",
+            b"grpc-encoding",
+            b"host",
+            b"content-length",
+        ),
+        *(b"transfer-encoding", b"connection", b"upgrade", b"expect", b"accept", b"A", b"a b", b"a:b", b""),
+        *(b":path", b"x\xff", b"a" * 257),
+    ],
+)
+def test_neither_what_is_of_one_protocol_nor_what_is_no_name_comes_in_with_http_2(name: bytes) -> None:
+    assert bridge.from_fields([(name, b"5"), (b"x-some", b"5")]) == [(b"x-some", b"5")]
+
+
+@pytest.mark.parametrize("value", [b"a\r\nx-admin: 1", b"a\nb", b"a\0b", b"caf\xe9", b"tab\there", b"\x7f"])
+def test_no_field_ends_a_header(value: bytes) -> None:
+    assert bridge.from_fields([(b"x-some", value), (b"x-some-bin", value)]) == []
+    assert bridge.to_fields([(b"x-some", value), (b"x-some-bin", value)]) == []
+
+
+def test_names_of_an_answer_are_lower_case_in_http_2_and_none_is_of_http_alone() -> None:
+    answer = [(b"X-Some", b"a"), (b"Server", b"uvicorn"), (b"Date", b"today"), (b"content-length", b"5")]
+    assert bridge.to_fields([*answer, (b"grpc-status", b"0"), (b":status", b"500")]) == [(b"x-some", b"a")]
+
+
+FIELDS = st.lists(
+    st.tuples(
+        st.one_of(st.binary(max_size=20), st.sampled_from([b"x-a", b"x-a-bin", b"flwr-signature-bin"])),
+        st.one_of(st.binary(max_size=20), st.binary(max_size=20).map(b64encode)),
+    ),
+    max_size=5,
+)
+
+
+@given(FIELDS)
+def test_no_field_whatever_makes_more_than_headers(fields: list[tuple[bytes, bytes]]) -> None:
+    for name, value in bridge.from_fields(fields):
+        assert name == name.lower()
+        assert not set(name + value) & set(b"\r\n\0")
+        assert b":" not in name
+        assert not name.startswith(b"grpc-")
+
+
+@given(FIELDS)
+def test_no_header_whatever_makes_grpc_refuse_an_answer(headers: list[tuple[bytes, bytes]]) -> None:
+    fields = bridge.to_fields(headers)
+    assert all(name == name.lower() and not name.startswith((b":", b"grpc-")) for name, _ in fields)
+    assert all(0x20 <= byte < 0x7F for _, value in fields for byte in value)
+
+
+KEYS = st.one_of(
+    st.text(max_size=20), st.sampled_from(["x-a", "x-a-bin", "flwr-signature-bin", "flwr-signature"])
+)
+
+
+@given(st.lists(st.tuples(KEYS, st.text(max_size=20), st.binary(max_size=20)), max_size=5), st.booleans())
+def test_what_comes_in_is_the_same_with_a_library_of_grpcs_between(
+    given: list[tuple[str, str, bytes]], padded: bool
+) -> None:
+    metadata: list[tuple[str, str | bytes]] = [
+        (key, binary if key.endswith("-bin") else text) for key, text, binary in given
+    ]
+    assert bridge.from_fields(as_fields(metadata, padded=padded)) == bridge.to_headers(metadata)
+
+
+def test_fields_are_bounded_as_metadata_are() -> None:
+    fields = [(b"x-a", b"a" * 65), (b"x-b", b"b" * 61), (b"flwr-c", b"")]
+    before, size = list(fields), (3 + 65 + 32) + (3 + 61 + 32) + (6 + 32)
+    assert bridge.bounded_fields(fields, size) == []
+    assert fields == before
+    assert bridge.bounded_fields(fields, size - 1) == ["x-b"]
+    assert fields == [before[0], before[2]]
+    assert bridge.bounded_fields(fields, 40) == ["x-a"]
+    assert fields == [(b"flwr-c", b"")], "Flower's own stays before all other"
+
+
 @given(st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=20)), max_size=5))
 def test_no_header_whatever_makes_grpc_refuse_a_call(headers: list[tuple[bytes, bytes]]) -> None:
     for key, value in bridge.to_metadata(headers):

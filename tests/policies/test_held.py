@@ -1,4 +1,4 @@
-"""HTTP nodes' messages before a gRPC SuperLink: their share of the memory, and when it is taken."""
+"""Messages of nodes before a gRPC SuperLink: their share of the memory, and when it is taken."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from relay.refusal import Reason, Refusal
 MakeCall = Callable[..., Call]
 
 OK = Ending("ok", seconds=0.0)
+#: All but the one that has its messages whole.
+STREAMING = [wire for wire in Wire if wire is not Wire.GRPC_ADAPTER]
 
 
 class Body:
@@ -55,9 +57,10 @@ def test_only_what_may_be_long_meets_it_and_nothing_before_an_http_superlink() -
     assert not any(Held(None).applies(method) for method in Method)
 
 
+@pytest.mark.parametrize("wire", STREAMING)
 @pytest.mark.parametrize(("size", "taken"), [(300, 300), (None, GUESS)])
 async def test_an_upload_has_its_share_while_it_lasts(
-    make_call: MakeCall, size: int | None, taken: int
+    make_call: MakeCall, size: int | None, taken: int, wire: Wire
 ) -> None:
     quota, seen = Quota(1 << 30), []
 
@@ -65,13 +68,13 @@ async def test_an_upload_has_its_share_while_it_lasts(
         seen.append(quota.held)
         return await short(call)
 
-    call = make_call(Method.PUSH_OBJECT, streamed(b"x" * 300, size))
+    call = make_call(Method.PUSH_OBJECT, streamed(b"x" * 300, size), wire=wire)
     await Held(quota).handle(call, upstream)
     assert seen == [taken]
     assert quota.held == 0, "and what is answered is short"
 
 
-@pytest.mark.parametrize("wire", [Wire.HTTP_V1, Wire.REST_V0])
+@pytest.mark.parametrize("wire", STREAMING)
 async def test_a_long_answer_has_its_share_until_the_node_has_it(make_call: MakeCall, wire: Wire) -> None:
     quota, seen = Quota(1 << 30), []
 
@@ -98,7 +101,7 @@ async def test_a_short_answer_gives_it_back_at_once(make_call: MakeCall) -> None
     [
         (Method.PUSH_OBJECT, Wire.HTTP_V1),
         (Method.PUSH_OBJECT, Wire.GRPC),
-        (Method.PULL_OBJECT, Wire.GRPC),
+        (Method.PUSH_OBJECT, Wire.GRPC_ADAPTER),
         (Method.PULL_OBJECT, Wire.GRPC_ADAPTER),
     ],
 )
