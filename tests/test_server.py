@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -664,6 +666,18 @@ async def test_metrics_are_the_sum_over_all_workers(tmp_path: Path) -> None:
             assert await off(partial(relay.metric, "relay_bytes_total", direction=way)) == passed
         assert await off(relay.metric, "relay_calls_in_flight") == 0
         assert await off(relay.metric, "relay_call_duration_seconds_count") == seen.total()
+
+
+def test_no_metric_is_made_before_the_workers() -> None:
+    """One without labels would count in the memory of its process, and no scrape would show it."""
+    code = "import sys, relay.__main__, relay.server; sys.exit('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_metrics_without_labels_are_shown(tmp_path: Path) -> None:
+    async with relay_to(tmp_path, free_port(), workers=2) as relay:
+        await off(relay.until, lambda: relay.metric("relay_concurrency_limit") == 2 * 16, 15)
+        assert "relay_queue_seconds_count" in (await off(relay.get, "/metrics"))[1]
 
 
 async def test_counts_survive_a_reload(tmp_path: Path) -> None:
