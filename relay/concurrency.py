@@ -93,7 +93,7 @@ class AdaptiveLimit:
         fastest.seen += 1
         if fastest.seen <= _LEARNED:
             return
-        self._ratios += max(fastest.seconds, _QUICK) / max(seconds, _QUICK)
+        self._ratios += 1.0 if seconds <= _QUICK else max(fastest.seconds, _QUICK) / seconds
         self._count += 1
         self._peak = max(self._peak, in_flight)
         if self._count >= self._limit:

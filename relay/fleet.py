@@ -9,6 +9,7 @@ here: paths, message types, what may be repeated, what may be cached, where the 
 from __future__ import annotations
 
 import enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay.wireformat import TruncatedError, fields
@@ -136,6 +137,9 @@ NO_IDS = Ids()
 # An id stands within the first bytes of every request: node and run take at most 25, an object id 66.
 PEEK_BYTES = 256
 
+#: Requests up to this size are polls and heartbeats: a node sends the same bytes each time.
+_REPEATED_BYTES = 24
+
 
 def peek(method: Method, head: bytes) -> Ids:
     """Read the ids from the first bytes of a serialized request, without parsing the message.
@@ -148,6 +152,10 @@ def peek(method: Method, head: bytes) -> Ids:
         What was found. Never raises: bytes that are no protobuf give None, so this is for
         routing and logs; it is no validation.
     """
+    return (_peek_cached if len(head) <= _REPEATED_BYTES else _peek)(method, head)
+
+
+def _peek(method: Method, head: bytes) -> Ids:
     at = method.ids
     node: int | None = None
     run: int | None = None
@@ -167,6 +175,9 @@ def peek(method: Method, head: bytes) -> Ids:
     except (TruncatedError, UnicodeDecodeError):
         pass
     return Ids(node, run, obj)
+
+
+_peek_cached = lru_cache(maxsize=16384)(_peek)
 
 
 def _uint(value: int | bytes) -> int | None:

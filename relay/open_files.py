@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from relay.call import Wire
-from relay.superlink import urls
 
 if TYPE_CHECKING:
     from relay.settings import Settings
@@ -51,5 +50,7 @@ def needs(settings: Settings) -> int:
     """Return how many files a worker may come to have open; nodes count where their number is limited."""
     nodes = _FAR * settings.limits.connections * len(settings.listeners)
     section = settings.upstream
-    superlinks = 0 if section.wire is Wire.GRPC else section.max_connections * len(urls(section))
+    # Not `relay.superlink`, which brings metrics along: they are made in the workers alone.
+    addresses = 1 + len(section.addresses) + len(section.standby)
+    superlinks = 0 if section.wire is Wire.GRPC else section.max_connections * addresses
     return nodes + superlinks + _OTHERS

@@ -9,6 +9,8 @@ import structlog
 from relay.call import Call, Ending, Reply, Source, View
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from relay.fleet import Method
     from relay.pipeline import Handler
 
@@ -29,12 +31,17 @@ class AccessLog:
         """Every call is written down."""
         return True
 
-    async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+    def handle(self, call: Call, next: Handler) -> Awaitable[Reply]:  # noqa: A002
         """Pass the call on; the line is written when it has ended."""
         call.on_end(self._write)  # before the look at the body, which may end the call
         # A long body will be gone by then. gRPC's stays, and is not to be received before `auth`.
-        if not call.wire.grpc and (self._debug or call.payload.data is None):
-            await call.ids()
+        if (self._debug or call.payload.data is None) and not call.wire.grpc:
+            return self._with_ids(call, next)
+        return next(call)
+
+    async def _with_ids(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+        """Pass the call on when its ids are here."""
+        await call.ids()
         return await next(call)
 
     def _write(self, call: Call, ending: Ending) -> None:

@@ -21,7 +21,7 @@ from relay.stores.nodes import Facts, Refused
 from relay.wireformat import uint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from relay.pipeline import Handler
     from relay.stores.nodes import Nodes
@@ -84,11 +84,14 @@ class Inventory:
         """Every call."""
         return self._enabled
 
-    async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+    def handle(self, call: Call, next: Handler) -> Awaitable[Reply]:  # noqa: A002
         """Pass the call on; the rest happens when it has ended."""
-        if call.method.kind is not Kind.JOIN:
-            call.on_end(self._ended)
-            return await next(call)
+        if call.method.kind is Kind.JOIN:
+            return self._join(call, next)
+        call.on_end(self._ended)
+        return next(call)
+
+    async def _join(self, call: Call, next: Handler) -> Reply:  # noqa: A002
         reply: Reply | None = None
         # These two have no node id until they are answered, and then it stands in the answer.
         call.on_end(lambda call, ending: self._joined(call, ending, reply))

@@ -59,7 +59,7 @@ from relay.stores.kept_hosts import KeptOnHosts
 from relay.wireformat import TruncatedError, double, encode_bytes, encode_uint, fields, uint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from relay.fleet import Ids
     from relay.pipeline import Handler
@@ -161,10 +161,12 @@ class Redelivery:
         """What hands messages out, what shows that one has arrived, and what shows that a node is there."""
         return self._enabled and method in _METHODS
 
-    async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+    def handle(self, call: Call, next: Handler) -> Awaitable[Reply]:  # noqa: A002
         """Pass the call on; an empty pull may be answered with what is kept. Raises what `next` raises."""
-        if call.method is Method.PULL_MESSAGES:
-            return await self._pull(call, next)
+        return (self._pull if call.method is Method.PULL_MESSAGES else self._watch)(call, next)
+
+    async def _watch(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+        """Pass a call on that tells something of a message or a node, once the SuperLink has accepted it."""
         head = await call.payload.peek(_HEAD_BYTES)
         ids = await call.ids()
         reply = await next(call)
@@ -175,7 +177,8 @@ class Redelivery:
     # -- pull-messages ------------------------------------------------------------------------------
 
     async def _pull(self, call: Call, next: Handler) -> Reply:  # noqa: A002
-        node = (await call.ids()).node_id
+        ids = await call.ids() if call.payload.data is None else call.ids_at_hand()
+        node = ids.node_id
         reply = await next(call)
         if node is None or not _accepted(reply):
             return reply

@@ -23,6 +23,8 @@ from relay.refusal import Reason, Refusal
 from relay.wireformat import TruncatedError, fields, well_formed
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from relay.pipeline import Handler
 
 FAULTS = Counter(
@@ -76,16 +78,22 @@ class Validate:
         """Every call may be broken."""
         return True
 
-    async def handle(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+    def handle(self, call: Call, next: Handler) -> Awaitable[Reply]:  # noqa: A002
         """Pass the call on, or raise its fault, or a Refusal MALFORMED for its bytes."""
         if call.fault is not None:
             raise call.fault
-        data, head = call.payload.data, b""
-        if data is None:
+        if _is_plain(call):
+            return next(call)
+        return self._look(call, next)
+
+    async def _look(self, call: Call, next: Handler) -> Reply:  # noqa: A002
+        """Look at more than whether the call is written as nearly all are."""
+        head = b""
+        if call.payload.data is None:
             head = await call.payload.peek(PEEK_BYTES)
-            data = call.payload.data  # of gRPC it is all there
-        if data is not None and (plain := _PLAIN.get(call.method)) is not None and plain(data):
-            return await next(call)
+            if _is_plain(call):  # of gRPC it is all there
+                return await next(call)
+        data = call.payload.data
         if data is not None:
             wrong = fault(call.method, data, whole=True)
         else:
@@ -96,6 +104,13 @@ class Validate:
                 detail = f"no {call.method.request} of a node: {wrong}"
                 raise Refusal(Reason.MALFORMED, detail, by=self.name, sent=False, cause=wrong)
         return await next(call)
+
+
+def _is_plain(call: Call) -> bool:
+    """Return whether the call is all at hand, and written as the serializers do it."""
+    data = call.payload.data
+    plain = _PLAIN.get(call.method)
+    return data is not None and plain is not None and plain(data) is not None
 
 
 def fault(method: Method, data: bytes, *, whole: bool) -> str | None:

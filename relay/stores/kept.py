@@ -22,7 +22,7 @@ stay for LINGER seconds longer, so that the next call of the node finds and coun
 record that would have ended first, and with it the older answers; one that lacks a piece is counted as
 evicted when it is needed, one that lacks its index is not.
 
-Measured: `has` takes 3 us, any other method 15 us, and a piece 7 us when it is written and when it goes.
+Measured: `has` takes 0.6 us, any other method 15 us, and a piece 7 us when it is written and when it goes.
 """
 
 from __future__ import annotations

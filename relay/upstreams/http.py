@@ -39,6 +39,8 @@ AWAITED = 64 * 1024 * 1024
 _LONG = frozenset({Method.PULL_MESSAGES, Method.PULL_OBJECT, Method.GET_FAB})
 #: Awaited up to LONGEST, and not only up to WHOLE, for all nodes; objects are for those that need it.
 _AWAITED_LONG = frozenset({Method.PULL_MESSAGES, Method.PUSH_MESSAGES, Method.GET_RUN, Method.GET_FAB})
+#: Their answers are never empty.
+_NEVER_EMPTY = frozenset({Method.ACTIVATE_NODE, Method.GET_RUN, Method.GET_FAB})
 
 #: Seconds for the rest of an answer that is of no use: its call waits, and another connection costs less.
 _SOON = 0.5
@@ -115,7 +117,7 @@ class HttpUpstream:
             NodeGone: the node left in the middle of its body.
         """
         head = self._head(call)
-        connection = await self.pool.acquire()
+        connection = self.pool.acquire_idle() or await self.pool.acquire()
         timeout = self._timeout(call)
         if timeout <= 0:
             self.pool.give_back(connection)
@@ -253,8 +255,8 @@ def makes_sense(method: Method, data: bytes) -> bool:
     but the pushes and the ways out. An activation without a node id has it ask as node 0, which is
     answered with 401; a run or an app without content ends it, too.
     """
+    if not data:
+        return method not in _NEVER_EMPTY
     if method is Method.ACTIVATE_NODE:
         return bool(uint(data, 1)) and well_formed(data)
-    if not data:
-        return method not in (Method.GET_RUN, Method.GET_FAB)
     return method.kind in (Kind.PUSH, Kind.LEAVE) or well_formed(data)

@@ -88,6 +88,16 @@ class Pool:
         """Return what an operator wants to see; `last_failure` is None once a connection was opened again."""
         return {"address": self.name, "connections": self._open, "last_failure": self._failure}
 
+    def acquire_idle(self) -> Connection | None:
+        """Return a connection for one exchange if one is idle; it comes back by itself, see `acquire`."""
+        oldest = self._loop.time() - self._keepalive
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable and connection.idle_since > oldest:
+                return connection
+            connection.retire()
+        return None
+
     async def acquire(self) -> Connection:
         """Return a connection for one exchange; it comes back by itself when the response was taken.
 
@@ -95,12 +105,8 @@ class Pool:
             Refusal: UPSTREAM_DOWN if none can be opened, OVERLOADED if `max_connections` are busy
                 for `queue_timeout` seconds.
         """
-        oldest = self._loop.time() - self._keepalive
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable and connection.idle_since > oldest:
-                return connection
-            connection.retire()
+        if (idle := self.acquire_idle()) is not None:
+            return idle
         while self._open >= self._max:
             given = await self._wait()
             if given is None:

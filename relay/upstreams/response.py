@@ -16,19 +16,22 @@ import httptools
 if TYPE_CHECKING:
     from relay.call import Metadata
 
-# RFC 9110 section 7.6.1, but for `connection`, whose value names more; and the request id, since the node
-# gets the relay's own.
+# RFC 9110 section 7.6.1, and framing; and the request id, since the node gets the relay's own.
 _NOT_PASSED = frozenset(
     {
+        b"connection",
+        b"content-length",
         b"keep-alive",
         b"proxy-authenticate",
         b"proxy-connection",
         b"te",
         b"trailer",
+        b"transfer-encoding",
         b"upgrade",
         b"x-request-id",
     }
 )
+_NOTED = _NOT_PASSED | {b"content-type"}
 
 
 class Response(asyncio.Protocol, ABC):
@@ -108,17 +111,18 @@ class Response(asyncio.Protocol, ABC):
         if self.status:
             return  # a trailer; nothing in Flower sends or reads one
         lower = name.lower()
-        if lower == b"content-length":
+        if lower not in _NOTED:
+            self.headers.append((name, value))
+        elif lower == b"content-length":
             # llhttp has refused anything but digits, and two that differ
             self.size = int(value)
+        elif lower == b"content-type":
+            self.content_type = value
+            self.headers.append((name, value))
         elif lower == b"transfer-encoding":
             self._chunked = True
         elif lower == b"connection":
             self._named += b"," + value
-        elif lower not in _NOT_PASSED:
-            if lower == b"content-type":
-                self.content_type = value
-            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()

@@ -116,27 +116,19 @@ class Front:
             self.peers.enter_call(call)
         reply: Reply | None = None
         try:
-            await self._receive(request, call)
+            if call.payload.data is None and call.fault is None:
+                await self._receive(request, call)
             reply = await route.handler(call)
-            sent = await self._write(request, call, reply)
-        except Refusal as refusal:
-            return self._refused(request, call, refusal)
-        except _CutError as error:
-            self._end(call, "cut", reply, lost=True)
-            log.warning(
-                "answer broke off", method=call.method.rpc, request_id=call.request_id, error=str(error)
-            )
-            return self._drop(request)
-        except NodeGone:
-            self._end(call, "node_gone", reply, lost=reply is not None and reply.source is Source.UPSTREAM)
-            return self._drop(request)
+            if (data := reply.payload.data) is not None:
+                sent = len(data)
+                _open_transport(request).write(self._head(request, call, reply, data))
+            else:
+                sent = await self._write(request, call, reply)
         except asyncio.CancelledError:
             self._end(call, "cancelled", reply, lost=reply is not None)
             raise
-        except Exception as error:
-            # A bug of ours must not reach a node as a 500.
-            log.exception("call failed", method=call.method.rpc, request_id=call.request_id)
-            return self._refused(request, call, Refusal(Reason.INTERNAL, repr(error)))
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not reach a node as a 500
+            return self._failed(request, call, reply, error)
         finally:
             call.payload.close()
             if reply is not None:
@@ -144,12 +136,26 @@ class Front:
         self._end(call, "ok" if reply.status == 200 else f"upstream_{reply.status}", reply, sent=sent)
         return self._keeps(request, reply)
 
+    def _failed(self, request: NodeRequest, call: Call, reply: Reply | None, error: Exception) -> bool:
+        """Answer a call that came to nothing, if it can be; return whether its connection may go on."""
+        match error:
+            case Refusal():
+                return self._refused(request, call, error)
+            case _CutError():
+                self._end(call, "cut", reply, lost=True)
+                log.warning(
+                    "answer broke off", method=call.method.rpc, request_id=call.request_id, error=str(error)
+                )
+            case NodeGone():
+                lost = reply is not None and reply.source is Source.UPSTREAM
+                self._end(call, "node_gone", reply, lost=lost)
+            case _:
+                log.error("call failed", method=call.method.rpc, request_id=call.request_id, exc_info=error)
+                return self._refused(request, call, Refusal(Reason.INTERNAL, repr(error)))
+        return self._drop(request)
+
     async def _receive(self, request: NodeRequest, call: Call) -> None:
-        """Read a small body whole; let a node that asks first send its body."""
-        if call.fault is not None:
-            return
-        if call.payload.data is not None:
-            return
+        """Read a small body whole that is not here yet; let a node that asks first send its body."""
         # HTTP/1.0 knows no 1xx and would take it for the answer.
         if "Expect" in request.message.headers and request.message.version >= HttpVersion11:
             _open_transport(request).write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -166,8 +172,22 @@ class Front:
 
     # -- answers ------------------------------------------------------------------------------------
 
+    def _head(self, request: NodeRequest, call: Call, reply: Reply, data: bytes = b"") -> bytes:
+        """Return the head of an answer, with `data` behind it."""
+        parts = [_STATUS_LINE.get(reply.status) or b"HTTP/1.1 %d \r\n" % reply.status]
+        parts += [b": ".join(pair) + _CRLF for pair in reply.metadata]
+        if reply.source is not Source.UPSTREAM:
+            parts.append(_OUR_TYPE)
+        parts += (
+            b"x-request-id: %b\r\n" % call.request_id.encode("ascii"),
+            _framing(request, reply.payload.size),
+            self._connection(request, keep=self._keeps(request, reply)),
+            data,
+        )
+        return b"".join(parts)
+
     async def _write(self, request: NodeRequest, call: Call, reply: Reply) -> int:
-        """Write the reply; return the bytes of body written.
+        """Write a reply whose body is still arriving; return the bytes of body written.
 
         Raises:
             NodeGone: the node closed, or took nothing for `idle_timeout` seconds.
@@ -175,23 +195,9 @@ class Front:
         """
         transport = _open_transport(request)
         payload = reply.payload
-        framing, chunked = _framing(request, payload.size)
-        keep = self._keeps(request, reply)
-        parts = [_STATUS_LINE.get(reply.status) or b"HTTP/1.1 %d \r\n" % reply.status]
-        parts += [b": ".join(pair) + _CRLF for pair in reply.metadata]
-        if reply.source is not Source.UPSTREAM:
-            parts.append(_OUR_TYPE)
-        parts.append(b"x-request-id: %b\r\n" % call.request_id.encode("ascii"))
-        parts.append(framing)
-        parts.append(self._connection(request, keep=keep))
-        data = payload.data
-        if data is not None:
-            parts.append(data)
-            transport.write(b"".join(parts))
-            return len(data)
-        transport.write(b"".join(parts))
+        transport.write(self._head(request, call, reply))
         try:
-            return await self._pass_on(request, payload, chunked=chunked)
+            return await self._pass_on(request, payload, chunked=_is_chunked(request, payload.size))
         except (NodeGone, _CutError):
             raise
         except Refusal as refusal:
@@ -321,13 +327,16 @@ class Front:
         call.end(Ending(outcome, seconds=seconds, source=source, sent=sent, refusal=refusal, lost=lost))
 
 
-def _framing(request: NodeRequest, size: int | None) -> tuple[bytes, bool]:
-    """Return the framing header of an answer, and if it is chunked; HTTP/1.0 may have to read to the end."""
+def _is_chunked(request: NodeRequest, size: int | None) -> bool:
+    """Return whether an answer is chunked; HTTP/1.0 may have to read to the end instead."""
+    return size is None and request.message.version >= HttpVersion11
+
+
+def _framing(request: NodeRequest, size: int | None) -> bytes:
+    """Return the framing header of an answer."""
     if size is not None:
-        return b"content-length: %d\r\n" % size, False
-    if request.message.version >= HttpVersion11:
-        return b"transfer-encoding: chunked\r\n", True
-    return b"", False
+        return b"content-length: %d\r\n" % size
+    return b"transfer-encoding: chunked\r\n" if _is_chunked(request, size) else b""
 
 
 def _open_transport(request: NodeRequest) -> asyncio.WriteTransport:

@@ -197,6 +197,11 @@ class NodeConnection(web.RequestHandler):
             if before is not None and not before.is_eof() and before.exception() is None:
                 before.set_exception(web.RequestPayloadError("no HTTP within the body"))
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Go on reading if that was paused. aiohttp does so with each body that was read."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def _head_goes_on(self, size: int) -> None:
         """Note bytes of a head that is not complete; give up one that is too long or takes too long."""
         limits = self._front.limits
@@ -284,7 +289,9 @@ class NodeConnection(web.RequestHandler):
     async def _one(self) -> bool:
         """Answer the next request; return whether the connection may go on."""
         message, content = self._messages.popleft()
-        if self._parser is not None:
+        # aiohttp counts messages that are whole, and stops to parse at 32: each has to be taken off once.
+        whole = content.is_eof()
+        if whole and self._parser is not None:
             self._parser.message_consumed()
         if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
             self._resume_reading_if_drained()
@@ -301,6 +308,9 @@ class NodeConnection(web.RequestHandler):
             keep = await self._front.handle(request)
             if not content.is_eof():
                 keep = await self._discard(content) and keep
+            if not whole and self._parser is not None:
+                self._parser.message_consumed()
+                self.data_received(b"")  # as many as fitted beside it were parsed
         finally:
             self._front.busy.discard(self)
             self._current_request = None

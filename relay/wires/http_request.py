@@ -155,7 +155,7 @@ class Receiver:
         self.forwarding = forwarding
         self.limits = limits
         self._idle_timeout = idle_timeout
-        self._not_passed = _NOT_PASSED | withheld
+        self._noted = _NOT_PASSED | withheld | {b"content-type"}
         self._id_start = os.urandom(6).hex()
         self._ids = count(1)
 
@@ -165,16 +165,17 @@ class Receiver:
         metadata: Metadata = []
         taken: dict[bytes, bytes] = {}
         content_type = b""
-        not_passed = self._not_passed
+        noted = self._noted
         for pair in message.raw_headers:
             name = pair[0].lower()
-            if name in not_passed:
-                taken[name] = taken[name] + b"," + pair[1] if name in taken else pair[1]
-                continue
-            if name == b"content-type":
+            if name not in noted:
+                metadata.append(pair)
+            elif name == b"content-type":
                 content_type = pair[1]
-            metadata.append(pair)
-        if b"connection" in taken:
+                metadata.append(pair)
+            else:
+                taken[name] = taken[name] + b"," + pair[1] if name in taken else pair[1]
+        if taken.get(b"connection", b"keep-alive") != b"keep-alive":
             metadata = _without(metadata, taken[b"connection"])
         claims = NO_CLAIMS
         if not _CLAIMS.isdisjoint(taken):

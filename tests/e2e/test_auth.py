@@ -30,6 +30,8 @@ from tests.relay_process import free_port
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("auth")]
 
 PATIENCE = 90.0
+#: Seconds after which a worker has written what it counted.
+WRITTEN = 1.5
 PASSWORD = "hunter2hunter2"
 WIRES = [
     pytest.param(Wire.HTTP_V1, "flwr==1.42.0", id="http_v1"),
@@ -140,6 +142,7 @@ def test_nodes_with_a_key_get_in_a_wrong_one_never_reaches_the_superlink_and_a_r
         )
         assert federation.supernodes[0].running
         federation.supernodes[0].stop()
+        time.sleep(WRITTEN)
         passed_on = metric(federation, "relay_calls_total", source="upstream")
         federation.down()
         served = ACCESS.findall(federation.superlink.output())

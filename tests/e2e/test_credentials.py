@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from relay.demo import flower as commands
 from relay.demo.federation import Federation, Generation, RunResult
 from relay.demo.processes import Process, wait_ready
 from tests.e2e.leaks import leaked, private
-from tests.e2e.test_auth import metric, until
+from tests.e2e.test_auth import WRITTEN, metric, until
 from tests.e2e.test_federation import ACCESS
 from tests.relay_process import RelayProcess, free_port
 
@@ -178,6 +179,7 @@ def test_nodes_whose_key_is_allowed_get_in_and_no_other_reaches_the_superlink(
         assert node.returncode == 0, node.output()
         assert [other.running for other in federation.supernodes] == [True, False, True]
         federation.stop_supernodes()
+        time.sleep(WRITTEN)
         passed_on = metric(federation, "relay_calls_total", source="upstream")
         assert metric(federation, "relay_auth_refusals_total", action="refused") == metric(
             federation, "relay_auth_refusals_total", **causes
@@ -255,6 +257,7 @@ def test_nodes_of_a_site_are_let_in_by_the_certificate_of_its_relay(
         result = federation.run(RUN_CONFIG)
         federation.stop_supernodes()
         assert metric(federation, "relay_auth_refusals_total", action="refused") == refused
+        time.sleep(WRITTEN)
         passed_on = metric(federation, "relay_calls_total", source="upstream")
         assert sites["site-a"].complaints() == []
         assert [site.stop() for site in sites.values()] == [0, 0]

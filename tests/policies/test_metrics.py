@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from relay.call import Call, Ending, Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.policies import Metrics
-from relay.policies.metrics import stray
+from relay.policies.metrics import SECONDS, stray
 from relay.refusal import Reason, Refusal
 
 if TYPE_CHECKING:
@@ -60,11 +60,13 @@ def meter() -> Meter:
     return Meter()
 
 
-async def run(call: Call, last: Handler = upstream, policy: Metrics | None = None) -> None:
+async def run(call: Call, last: Handler = upstream, policy: Metrics | None = None) -> Metrics:
+    policy = policy or Metrics()
     try:
-        await (policy or Metrics()).handle(call, last)
+        await policy.handle(call, last)
     except Refusal:
         assert last is refusing
+    return policy
 
 
 async def test_a_call_is_in_flight_until_it_ends(make_call: MakeCall, meter: Meter) -> None:
@@ -104,9 +106,12 @@ async def test_a_call_is_counted_by_its_outcome_and_by_who_answered_it(
     make_call: MakeCall, meter: Meter, ending: Ending, labels: tuple[str, str]
 ) -> None:
     call = make_call(Method.PULL_MESSAGES)
-    await run(call, refusing if ending.refusal else upstream)
+    policy = await run(call, refusing if ending.refusal else upstream)
+    policy.sample()
     assert meter.all_moved("relay_calls_total") == {}, "counted before it has ended"
     call.end(ending)
+    for _ in range(2):  # a second sample must not count it again
+        policy.sample()
     outcome, source = labels
     expected = frozenset({**PULL, "outcome": outcome, "source": source}.items())
     assert meter.all_moved("relay_calls_total") == {expected: 1}
@@ -122,6 +127,7 @@ async def test_calls_of_one_kind_add_up_and_calls_of_another_are_apart(
         call = make_call(method, wire=wire)
         await run(call, policy=policy)
         call.end(Ending("ok", seconds=0, source=Source.UPSTREAM))
+    policy.sample()
     for method, wire, count in ((*kinds[0], 2), (*kinds[1], 2), (*rest, 1)):
         labels = {"method": method.rpc, "wire": wire.value}
         assert meter.moved("relay_calls_total", **labels, outcome="ok", source="upstream") == count
@@ -134,6 +140,7 @@ async def test_calls_of_one_outcome_are_told_apart_by_who_answered(make_call: Ma
         call = make_call(Method.PULL_MESSAGES)
         await run(call, policy=policy)
         call.end(Ending("ok", seconds=0, source=source))
+    policy.sample()
     for source in (Source.UPSTREAM, Source.LOCAL):
         assert meter.moved("relay_calls_total", **PULL, outcome="ok", source=source.value) == 1
 
@@ -144,17 +151,36 @@ async def test_two_instances_count_into_the_same_metrics(make_call: MakeCall, me
         call = make_call(Method.PULL_MESSAGES)
         await run(call, policy=policy)
         call.end(Ending("ok", seconds=0, source=Source.UPSTREAM))
+        policy.sample()
     assert meter.moved("relay_calls_total", **PULL, outcome="ok", source="upstream") == 2
 
 
 async def test_the_whole_time_of_a_call_is_observed(make_call: MakeCall, meter: Meter) -> None:
+    policy = Metrics()
+    for seconds in (0.2, 0.2, 500.0):
+        call = make_call(Method.PULL_MESSAGES)
+        await run(call, policy=policy)
+        call.end(Ending("ok", seconds=seconds))
+    for _ in range(2):  # a second sample must not count them again
+        policy.sample()
+    assert meter.moved("relay_call_duration_seconds_count", **PULL) == 3
+    assert meter.moved("relay_call_duration_seconds_sum", **PULL) == pytest.approx(500.4)
+    for bound, calls in (("0.1", 0), ("0.25", 2), ("120.0", 2), ("+Inf", 3)):
+        assert meter.moved("relay_call_duration_seconds_bucket", **PULL, le=bound) == calls
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.00100001, 0.0025, 30, 120, 120.5])
+async def test_a_time_falls_into_the_bucket_that_the_library_would_choose(
+    make_call: MakeCall, meter: Meter, seconds: float
+) -> None:
     call = make_call(Method.PULL_MESSAGES)
-    await run(call)
-    call.end(Ending("ok", seconds=0.2))
-    assert meter.moved("relay_call_duration_seconds_count", **PULL) == 1
-    assert meter.moved("relay_call_duration_seconds_sum", **PULL) == pytest.approx(0.2)
-    assert meter.moved("relay_call_duration_seconds_bucket", **PULL, le="0.1") == 0
-    assert meter.moved("relay_call_duration_seconds_bucket", **PULL, le="0.25") == 1
+    policy = await run(call)
+    call.end(Ending("ok", seconds=seconds))
+    policy.sample()
+    gathered = meter.all_moved("relay_call_duration_seconds_bucket")
+    again = Meter()
+    SECONDS.labels(*PULL.values()).observe(seconds)
+    assert again.all_moved("relay_call_duration_seconds_bucket") == gathered
 
 
 async def test_bytes_are_counted_as_they_passed_and_not_as_they_were_declared(
@@ -195,8 +221,9 @@ def test_calls_of_every_method_are_counted(method: Method) -> None:
 
 async def test_no_label_can_take_a_value_for_each_node_or_run(make_call: MakeCall) -> None:
     call = make_call(Method.PULL_MESSAGES)
-    await run(call)
+    policy = await run(call)
     call.end(Ending("ok", seconds=0, sent=1, source=Source.UPSTREAM))
+    policy.sample()
     labels = {
         label
         for family in REGISTRY.collect()

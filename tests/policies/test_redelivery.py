@@ -397,7 +397,7 @@ async def test_one_pull_gets_it_while_the_superlink_is_asked(relay: Relay, other
 
     data = PullMessagesRequest(node=node_of(NODE)).SerializeToString()
     call = relay.make_call(Method.PULL_MESSAGES, data)
-    first = asyncio.create_task(relay.policy.handle(call, slow))
+    first = asyncio.ensure_future(relay.policy.handle(call, slow))
     await asked.wait()
     assert await other.pull() == b""
     answered.set()

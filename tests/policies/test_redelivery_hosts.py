@@ -440,9 +440,9 @@ async def test_the_answer_does_not_wait_for_redis(host: MakeHost, raw: Any) -> N
     data = PullMessagesRequest(node=node_of(NODE)).SerializeToString()
     one.superlink.steps.append(fresh())
     call = one.make_call(Method.PULL_MESSAGES, data)
-    pulling = one.policy.handle(call, one.superlink)
+    pulling = one.policy.handle(call, one.superlink).__await__()
     with pytest.raises(StopIteration):  # it ends without giving the event loop a turn
-        pulling.send(None)
+        next(pulling)
     assert not raw.exists(f"{PREFIX}{NODE:016x}")
     call.end(Ending("ok", seconds=0.0))
     await one.policy.close()

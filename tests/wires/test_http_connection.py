@@ -16,6 +16,7 @@ from relay import dialect
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.refusal import Reason
+from relay.wires.http_connection import NodeConnection
 from relay.wires.http_request import WHOLE
 from tests.sockets import PATIENCE, CutError, response, until
 from tests.wires.conftest import (
@@ -81,6 +82,48 @@ async def test_pipelined_calls_are_answered_in_their_order(serve: Serve) -> None
     )
     bodies = [(await node.message()).body for _ in range(4)]
     assert bodies == [b"one", b"two", b"x" * (WHOLE + 1), b"four"]
+
+
+async def test_far_more_calls_may_come_at_once_than_are_parsed_ahead(serve: Serve) -> None:
+    served = await serve()
+    node = await served.node()
+    bodies = [b"%d" % number * 100 for number in range(1000)]
+    sending = asyncio.ensure_future(node.send_all(b"".join(map(request, bodies))))
+    assert [(await node.message()).body for _ in bodies] == bodies
+    await sending
+
+
+async def test_calls_that_came_in_parts_leave_room_for_as_many_as_before(serve: Serve) -> None:
+    served = await serve()
+    node = await served.node()
+    data = request(b"body")
+    for _ in range(50):
+        await node.send_all(data[:-2])
+        await asyncio.sleep(0.001)
+        await node.send_all(data[-2:])
+        assert (await node.message()).body == b"body"
+    await node.send_all(data[:-2])
+    await asyncio.sleep(0.001)
+    await node.send_all(data[-2:] + data * 99)
+    assert [(await node.message()).body for _ in range(100)] == [b"body"] * 100
+
+
+async def test_bytes_are_parsed_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp would have the connection parse on after each body that was read, paused or not."""
+    received: list[bytes] = []
+    plain = NodeConnection.data_received
+
+    def noting(self: NodeConnection, data: bytes) -> None:
+        received.append(data)
+        plain(self, data)
+
+    monkeypatch.setattr(NodeConnection, "data_received", noting)
+    served = await serve()
+    node = await served.node()
+    for _ in range(3):
+        node.send(request(b"body"))
+        assert (await node.message()).body == b"body"
+    assert received == [request(b"body")] * 3
 
 
 async def test_a_request_may_come_split_at_any_byte(serve: Serve) -> None:

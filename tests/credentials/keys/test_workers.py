@@ -233,7 +233,7 @@ def test_a_relay_that_starts_without_its_keys_refuses_nobody_until_it_has_them(
         time.sleep(WATCH)
     assert all_answer(calling.statuses(0, time.monotonic()), 200)
     assert call(relay.port, some).status == 401
-    assert relay.metric("relay_calls_total", outcome="unauthenticated") == 1
+    relay.until(lambda: relay.metric("relay_calls_total", outcome="unauthenticated") == 1)
 
 
 def test_keys_that_redis_evicted_refuse_nobody_and_are_told_of(
