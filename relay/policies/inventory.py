@@ -128,7 +128,7 @@ class Inventory:
             seen = self._seen[node_id] = _Seen()
             if len(self._seen) > _MOST:
                 self._drop(*self._seen.popitem(last=False))
-        refused = _refused(call, ending, now)
+        refused = None if ending.outcome == "ok" else _refused(call, ending, now)
         accepted = ending.outcome == "ok" and ending.source is Source.UPSTREAM
         seen.calls += 1
         seen.method, seen.at = call.method, now
