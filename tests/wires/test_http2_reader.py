@@ -177,8 +177,7 @@ def test_it_is_known_since_when_a_head_or_a_frame_is_coming() -> None:
     reader.take(ping[10:] + frame(http2.DATA, 0, 1, b"data")[:10])
     assert begun(reader) is None  # data may take its time
     reader.take(b"ata" + ping[:4])
-    assert begun(reader) is not None
-    assert begun(reader) > since
+    assert (begun(reader) or 0.0) > since
 
 
 def test_a_head_has_a_limit_in_one_frame_and_in_many() -> None:
