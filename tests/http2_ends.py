@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 GREETING = PREFACE + frame(http2.SETTINGS, 0, 0)
+KNOWN = frame(http2.SETTINGS, http2.ACK, 0)
 ASKS = (
     (b":method", b"POST"),
     (b":scheme", b"http"),
@@ -126,7 +127,7 @@ class Client:
         self.connection.connection_made(self.pipe)
         self._buffer = b""
         if greets:
-            self.send(GREETING)
+            self.send(GREETING, KNOWN)
             self.got()
 
     @property

@@ -67,6 +67,7 @@ class Connection(asyncio.Protocol):
         full: whether what was written must first be taken.
         streams: calls that are not answered yet, by number.
         turns: which of them wait for the client to take more.
+        told: whether the client has said that it knows what is welcome; it may send more before.
         highest: number of the last call that has come.
     """
 
@@ -84,6 +85,7 @@ class Connection(asyncio.Protocol):
         self.full = False
         self.streams: dict[int, Stream] = {}
         self.turns = Turns()
+        self.told = False
         self._decoder = Decoder()
         self._reader = Reader(self, _FAR * server.front.limits.head_size)
         self._begun: list[Stream] = []
@@ -297,6 +299,10 @@ class Connection(asyncio.Protocol):
             raise Http2Error(Code.PROTOCOL_ERROR, "settings of a call")
         if flags & http2.ACK:
             http2.sized(payload, 0)
+            if not self.told:
+                self.told = True
+                for stream in self.streams.values():
+                    stream.told()
             return
         self._allowance -= 1 + len(self.streams) // _STREAMS_A_FRAME
         more = self.wants.take(payload)
@@ -345,7 +351,7 @@ class Connection(asyncio.Protocol):
         late = now - front.limits.head_timeout
         if self._leaving.tick(self, now, front.idle_timeout):
             return
-        if (not reader.greeted and self._born < late) or (reader.head_since or math.inf) < late:
+        if (not self.told and self._born < late) or (reader.head_since or math.inf) < late:
             self._fail(Http2Error(Code.ENHANCE_YOUR_CALM, "no end of a head in limits.head_timeout"))
         elif now - self._born > self._age or (
             not self.streams and now - self._idle_since > self._server.keepalive

@@ -83,7 +83,8 @@ class Stream:
         self.on_gone: Callable[[], object] | None = None
         self._pieces: deque[bytes] = deque()
         self._reader: asyncio.Future[None] | None = None
-        self._most = self._window = UNASKED
+        self._most = UNASKED
+        self._window = UNASKED if connection.told else http2.FIRST_WINDOW
         self._used = 0
         self._room = room
         self._length = head.length
@@ -94,7 +95,11 @@ class Stream:
     def expects(self, size: int) -> bool:
         """Count the payload of a frame that comes; return whether there was room for it."""
         self._window -= size
-        return self._window >= 0
+        return self._window >= 0 or not size
+
+    def told(self) -> None:
+        """Take note that the node knows only from here on how little it may send unasked."""
+        self._window -= http2.FIRST_WINDOW - UNASKED
 
     def feed(self, piece: bytes) -> None:
         """Take what came of the body."""

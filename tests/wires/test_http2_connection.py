@@ -14,11 +14,12 @@ from relay.refusal import NodeGone
 from relay.wires import http2, http2_leaving
 from relay.wires.http2 import Code
 from relay.wires.http2_connection import STREAMS, WINDOW
-from relay.wires.http2_stream import UNASKED
+from relay.wires.http2_stream import AHEAD, UNASKED
 from tests.http2_ends import (
     ASKS,
     GREETING,
     HEAD,
+    KNOWN,
     PREFACE,
     TRAILERS,
     Client,
@@ -350,6 +351,31 @@ async def test_a_stream_that_nobody_reads_takes_little() -> None:
     assert stream.gone
 
 
+async def test_who_does_not_know_our_settings_yet_may_send_what_holds_without_any() -> None:
+    client = Client(greets=False)
+    client.send(GREETING)
+    stream = client.ask(1, body=bytes(65_535), ended=False)
+    assert client.resets() == []
+    client.send(KNOWN, data(1))  # 49151 below zero, where nothing is still something
+    assert client.resets() == []
+    client.send(KNOWN)  # it knows already
+    reading = asyncio.ensure_future(stream.read())
+    assert len(await reading) == 65_535
+    more = asyncio.ensure_future(stream.read())
+    await asyncio.sleep(0)
+    opened = [int.from_bytes(one.payload) for one in client.got() if one.kind == http2.WINDOW_UPDATE]
+    assert sum(opened) == 65_535 + AHEAD - UNASKED
+    client.send(data(1, bytes(AHEAD)))
+    assert client.resets() == []
+    assert len(await more) == AHEAD
+    client.ask(3, body=bytes(UNASKED + 1), ended=False)
+    assert client.resets() == [(3, Code.FLOW_CONTROL_ERROR)]
+    early = Client(greets=False)
+    early.send(GREETING)
+    early.ask(1, body=bytes(65_536), ended=False)
+    assert early.resets() == [(1, Code.FLOW_CONTROL_ERROR)]
+
+
 async def test_the_connections_window_opens_whoever_reads() -> None:
     client = Client()
     for number in range(1, 2 * WINDOW // UNASKED, 2):
@@ -607,9 +633,10 @@ async def test_a_client_that_says_nothing_or_stops_within_a_head_is_cut() -> Non
         b"",
         PREFACE[:10],
         PREFACE,
-        GREETING + frame(http2.HEADERS, 0, 1, b"\x82"),
-        GREETING + asks(1)[:-1],
-        GREETING + frame(http2.PING, 0, 0, bytes(8))[:5],
+        GREETING,
+        GREETING + KNOWN + frame(http2.HEADERS, 0, 1, b"\x82"),
+        GREETING + KNOWN + asks(1)[:-1],
+        GREETING + KNOWN + frame(http2.PING, 0, 0, bytes(8))[:5],
     ):
         client = Client(greets=False)
         if sent:
