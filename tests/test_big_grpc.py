@@ -19,7 +19,7 @@ from relay.fleet import Method
 from tests.grpc_ends import Asked, GrpcNode, GrpcSuperLink
 from tests.relay_process import RelayProcess, free_port
 from tests.test_big_bodies import REQUEST as POST
-from tests.test_big_bodies import Wire, peak
+from tests.test_big_bodies import BigSuperlink, Wire, blocks, digest_of, peak
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -125,8 +125,8 @@ async def test_a_message_of_a_gib_passes_and_its_worker_lives(
 
 MIB = 1 << 20
 LONG, HELD = 64 * MIB, 64 * MIB
-#: What a worker may have for so much that it holds; gRPC needs five times as much for a moment.
-MOST = 5 * (HELD + LONG) + 150 * MIB
+#: What a worker may have for so much that it holds: each byte twice, on its way to the SuperLink.
+MOST = 2 * (HELD + LONG) + 150 * MIB
 
 
 class BothWires(RelayProcess):
@@ -185,7 +185,7 @@ async def test_long_small_calls_are_not_held(relay: BothWires) -> None:
     await asyncio.gather(*(node.channel.close() for node in nodes))
     print(f"peak {(most := await off(peak, relay)) >> 20} MiB")
     assert {answer.code for answer in answers} == {"UNAVAILABLE"}
-    assert most < 400 * MIB
+    assert most < 150 * MIB
 
 
 def upload(port: int) -> None:
@@ -206,3 +206,31 @@ async def test_uploads_of_unknown_length_are_held_to_the_bound_and_all_arrive(re
     print(f"peak {(most := await off(peak, relay)) >> 20} of {MOST >> 20} MiB")
     assert most < MOST
     assert relay.complaints() == []
+
+
+# -- towards a SuperLink that takes and gives pieces ----------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [Method.PUSH_OBJECT, Method.PULL_OBJECT], ids=["up", "down"])
+async def test_what_an_http_superlink_takes_and_gives_is_never_held(tmp_path: Path, method: Method) -> None:
+    superlink = BigSuperlink(LONG, chunked=False)
+    relay = RelayProcess(tmp_path, superlink.port, workers=1, limits={"max_held": MIB, "check_calls": False})
+    relay.settings["listeners"][0]["wires"] = ["grpc"]
+    up = method is Method.PUSH_OBJECT
+    data = b"".join(blocks(LONG))
+    nodes = [GrpcNode(relay.port) for _ in range(8)]
+    try:
+        await off(relay.start)
+        answers = await asyncio.gather(
+            *(node.ask(method, data if up else REQUEST, timeout=100) for node in nodes)
+        )
+        assert {answer.details for answer in answers} == {""}
+        assert {(answer.code, answer.data == (b"" if up else data)) for answer in answers} == {("OK", True)}
+        assert superlink.pushed == ([(LONG, digest_of(LONG))] * 8 if up else [])
+        print(f"peak {(most := await off(peak, relay)) >> 20} MiB")
+        assert most < 120 * MIB
+        assert relay.complaints() == []
+    finally:
+        await asyncio.gather(*(node.channel.close() for node in nodes))
+        await off(relay.end)
+        superlink.close()
