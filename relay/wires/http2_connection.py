@@ -321,6 +321,8 @@ class Connection(asyncio.Protocol):
             self.write(http2.frame(http2.PING, http2.ACK, 0, payload))
         elif payload == http2_leaving.PING:
             self._leaving.heard(self)
+        elif payload == http2_leaving.LAST:
+            self._leaving.taken()
 
     # -- its end ------------------------------------------------------------------------------------
 

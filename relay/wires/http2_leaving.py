@@ -2,8 +2,9 @@
 
 The client is told to leave (GOAWAY), and pinged: when its answer is here it has heard that, and every call
 that it began before is here too. It is told then which call was the last one, and when that is answered the
-connection is closed; most clients do so first. Only when the client has taken all that was written, though:
-a closed socket answers whatever else comes on it with a reset, which takes the rest of an answer with it.
+connection is closed; most clients do so first. Only when the client has taken all that was written, though,
+which it says by the answer to another ping: a closed socket answers whatever else comes on it with a reset,
+which takes the rest of an answer with it, also out of the client's own buffers (Envoy's, for one).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _TO_GO = 2.0
 #: Seconds between two looks at what the client has taken.
 _LOOK = 0.1
 PING = b"leaving\0"
+LAST = b"the end\0"
 
 
 class Leaving:
@@ -35,13 +37,14 @@ class Leaving:
         closed: `time.monotonic()` when it was closed, None before.
     """
 
-    __slots__ = ("_began", "_left", "_moved", "_since", "_timer", "closed", "refused_from")
+    __slots__ = ("_began", "_left", "_moved", "_since", "_taken", "_timer", "closed", "refused_from")
 
     def __init__(self) -> None:
         """Let it live."""
         self._began: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._left = 0
+        self._taken = False
         self._since = self._moved = 0.0
         self.refused_from: int | None = None
         self.closed: float | None = None
@@ -66,14 +69,19 @@ class Leaving:
         if self.refused_from is None or connection.streams or self._timer or self.closed is not None:
             return
         self._since = time.monotonic()
+        connection.write(http2.frame(http2.PING, 0, 0, LAST))
         self._look(connection)
+
+    def taken(self) -> None:
+        """Take note that the client has read everything, up to the ping behind the last answer."""
+        self._taken = True
 
     def _look(self, connection: Connection) -> None:
         self._timer = None
         if self.closed is not None:
             return
         left = untaken(connection.transport)
-        if not left and time.monotonic() - self._since >= _LOOK:
+        if self._taken and not left and time.monotonic() - self._since >= _LOOK:
             self.close(connection)
         else:
             self._timer = asyncio.get_running_loop().call_later(_LOOK, self._look, connection)
@@ -99,11 +107,13 @@ class Leaving:
     def tick(self, connection: Connection, now: float, idle_timeout: float) -> bool:
         """See to an end that takes too long; return whether it has begun. To be called once a second."""
         if self._began is not None and self.refused_from is None and now - self._began > TO_HEAR:
+            self._taken = True  # it answers no pings
             self.heard(connection)
         if self.closed is not None or self._timer is not None:
             left = untaken(connection.transport)
             if left != self._left:
                 self._left, self._moved = left, now
-            if now - max(self._moved, self._since) > (idle_timeout if left else _TO_GO):
+            waits = left or not (self._taken or self.closed)
+            if now - max(self._moved, self._since) > (idle_timeout if waits else _TO_GO):
                 self.cut(connection)
         return self._began is not None or self.closed is not None
