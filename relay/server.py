@@ -14,7 +14,8 @@ from relay import listening, logs, open_files, pid_file, settings_unused, takeov
 from relay.master import Master
 from relay.metrics_directory import MetricsDirectory
 from relay.shared import Shared
-from relay.worker import BACKLOG, RelayWorker
+from relay.wires.http_sockets import BACKLOG
+from relay.worker import RelayWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,6 +25,7 @@ from relay.chores import Chores
 from relay.wires.grpc_server import GrpcServer
 from relay.wires.http import Front
 from relay.wires.http_server import NodeServer
+from relay.wires.http_sockets import ACCEPTS, BACKLOG
 
 if TYPE_CHECKING:
     import socket
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("relay.worker")
 
-BACKLOG = 2048
-#: Connections of a port that are accepted in one turn of the loop. uvloop takes one from each handle: those
-#: who come to a busy worker all at once, after an outage, would wait a turn for each before them.
-ACCEPTS = 8
 #: A call leaves no cycles behind, so the collector may look seldom (the default is 700, 10, 10).
 GC_THRESHOLDS = (20_000, 20, 20)
 _TURN = 0.05

@@ -26,7 +26,7 @@ from relay import server, tls
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.refusal import Reason, Refusal
-from relay.worker import BACKLOG
+from relay.wires.http_sockets import BACKLOG
 from tests.certificates import make_pair
 from tests.relay_process import RelayProcess, free_port
 from tests.served import Served, path_of, request

@@ -17,7 +17,8 @@ from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Method
 from relay.refusal import Reason, Refusal
 from relay.settings import load
-from relay.worker import ACCEPTS, RelayWorker, drain
+from relay.wires.http_sockets import ACCEPTS
+from relay.worker import RelayWorker, drain
 from tests.certificates import make_pair
 from tests.served import PATIENCE, Served, echo, request
 from tests.sockets import CutError, Peer, connect

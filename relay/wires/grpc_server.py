@@ -22,6 +22,7 @@ from relay import tls
 from relay.refusal import Reason, Refusal
 from relay.wires.grpc_health import CHECK, WATCH, Health
 from relay.wires.http2_connection import Connection
+from relay.wires.http_sockets import ACCEPTS, BACKLOG
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -37,8 +38,6 @@ log = structlog.get_logger("relay.wires.grpc")
 #: come together again.
 CONNECTION_SECONDS = 30.0
 _JITTER = 0.1
-#: Connections that the kernel holds before they are accepted.
-BACKLOG = 4096
 #: Beyond this multiple of `limits.connections` a connection is reset before it has said anything.
 _FAR = 2
 #: Seconds between two looks at what is still connected, and for what was cut to end.
@@ -83,7 +82,7 @@ class GrpcServer:
         self._age = age
         self._files = files
         self._health = Health(age)  # by then its client was told to leave
-        self._listening: asyncio.Server | None = None
+        self._listening: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
 
@@ -100,13 +99,16 @@ class GrpcServer:
                 tls.reset_unfinished_handshakes(listening)
             listening.bind((self._host, self.port))
             self.port = listening.getsockname()[1]
-            self._listening = await asyncio.get_running_loop().create_server(
-                lambda: Connection(self),
-                sock=listening,
-                backlog=BACKLOG,
-                ssl=self._files.context if self._files is not None else None,
-                ssl_handshake_timeout=tls.HANDSHAKE_SECONDS if secured else None,
-            )
+            for each in (listening, *(listening.dup() for _ in range(ACCEPTS - 1))):
+                self._listening.append(
+                    await asyncio.get_running_loop().create_server(
+                        lambda: Connection(self),
+                        sock=each,
+                        backlog=BACKLOG,
+                        ssl=self._files.context if self._files is not None else None,
+                        ssl_handshake_timeout=tls.HANDSHAKE_SECONDS if secured else None,
+                    )
+                )
         except BaseException:
             listening.close()
             raise
@@ -133,8 +135,8 @@ class GrpcServer:
         """
         self._draining = True
         self._health.close()
-        if self._listening is not None:
-            self._listening.close()
+        for listening in self._listening:
+            listening.close()
         # What was accepted in this very turn of the loop is a connection in the next.
         await asyncio.sleep(0)
         for connection in list(self.connections):

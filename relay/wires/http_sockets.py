@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import asyncio
 
+#: Connections that the kernel holds until they are accepted.
+BACKLOG = 2048
+#: Connections of a port that are accepted in one turn of the loop. uvloop takes one from each handle: those
+#: who come to a busy worker all at once, after an outage, would wait a turn for each before them.
+ACCEPTS = 8
+
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
