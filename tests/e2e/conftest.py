@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,9 @@ from relay.demo import metrics
 from relay.demo.federation import Federation, RunResult
 
 MARK = "FLOWER_END_TO_END_TEST"
+
+#: Seconds after which a worker has written what it counted.
+WRITTEN = 1.5
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +90,7 @@ def end_undisturbed(
         The metrics of the relay once its nodes had left.
     """
     federation.stop_supernodes()
+    time.sleep(WRITTEN)
     text = federation.relay_metrics()
     federation.down()
     assert federation.relay is not None

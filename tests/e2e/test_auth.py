@@ -22,6 +22,7 @@ from relay.credentials.keys.redis import KEYS, VERSION, RedisKeys
 from relay.credentials.keys.stores import KeyStore
 from relay.demo.federation import Federation, Generation
 from relay.demo.processes import Process, wait_ready
+from tests.e2e.conftest import WRITTEN
 from tests.e2e.leaks import leaked, private
 from tests.e2e.test_federation import ACCESS
 from tests.redis_server import RedisServer
@@ -30,8 +31,6 @@ from tests.relay_process import free_port
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("auth")]
 
 PATIENCE = 90.0
-#: Seconds after which a worker has written what it counted.
-WRITTEN = 1.5
 PASSWORD = "hunter2hunter2"
 WIRES = [
     pytest.param(Wire.HTTP_V1, "flwr==1.42.0", id="http_v1"),

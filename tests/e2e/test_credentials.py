@@ -24,8 +24,9 @@ from relay.call import Wire
 from relay.demo import flower as commands
 from relay.demo.federation import Federation, Generation, RunResult
 from relay.demo.processes import Process, wait_ready
+from tests.e2e.conftest import WRITTEN
 from tests.e2e.leaks import leaked, private
-from tests.e2e.test_auth import WRITTEN, metric, until
+from tests.e2e.test_auth import metric, until
 from tests.e2e.test_federation import ACCESS
 from tests.relay_process import RelayProcess, free_port
 

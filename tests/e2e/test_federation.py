@@ -6,6 +6,7 @@ tests look at what is left of both. The SuperLink's own access log is the witnes
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from relay.demo import metrics
 from relay.demo.federation import Federation, RunResult
 from relay.demo.metrics import Calls
 from relay.fleet import BY_PATH, Method
+from tests.e2e.conftest import WRITTEN
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -72,6 +74,7 @@ def outcome(request: pytest.FixtureRequest, flower: Callable[[str], Path]) -> Ou
         federation.up()
         relayed = federation.run(RUN_CONFIG)
         federation.stop_supernodes()
+        time.sleep(WRITTEN)
         text = federation.relay_metrics()
         federation.down()
         assert federation.relay is not None
