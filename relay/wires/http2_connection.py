@@ -22,12 +22,12 @@ import structlog
 from relay.tls import handshake_done
 from relay.wires import http2, http2_leaving, http2_request
 from relay.wires.hpack import NO_TABLE, Decoder, HpackError
-from relay.wires.http2 import Code, Http2Error, Setting
+from relay.wires.http2 import Code, Http2Error
 from relay.wires.http2_leaving import TO_HEAR, Leaving
-from relay.wires.http2_reader import MOST_FRAME, Reader
-from relay.wires.http2_stream import UNASKED, Stream
+from relay.wires.http2_reader import Reader
+from relay.wires.http2_stream import Stream
 from relay.wires.http2_turns import Turns
-from relay.wires.http2_wants import Wants
+from relay.wires.http2_wants import STREAMS, WINDOW, Wants, welcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("relay.wires.grpc")
 
-#: Calls at a time; further ones are put off by the client itself.
-STREAMS = 1000
-#: Bytes that may be on their way to us; of what has come, each stream bounds its own.
-WINDOW = 16 * 1024 * 1024
 #: A head with more bytes than this multiple of what it may have is not even read to its end.
 _FAR = 2
 #: Frames that cost the client nothing: how many it may send at once, and what fills that up again.
@@ -116,16 +112,7 @@ class Connection(asyncio.Protocol):
                 self.transport.abort()  # a reset: its handshake is not told to be done
                 return
             handshake_done(transport)
-        limits = self._server.front.limits
-        welcome = {
-            Setting.MAX_CONCURRENT_STREAMS: STREAMS,
-            Setting.INITIAL_WINDOW_SIZE: UNASKED,
-            Setting.MAX_FRAME_SIZE: MOST_FRAME,
-            # More than the limit, so that the answer is ours: a client refuses by itself what is longer.
-            Setting.MAX_HEADER_LIST_SIZE: _FAR * limits.head_size,
-            Setting.GRPC_ALLOW_TRUE_BINARY_METADATA: 1,
-        }
-        self.write(http2.settings(welcome) + http2.window_update(0, WINDOW - http2.FIRST_WINDOW))
+        self.write(welcome(_FAR * self._server.front.limits.head_size))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Have all calls know that their node is gone."""

@@ -1,13 +1,35 @@
-"""What an HTTP/2 client has said of itself in its settings (RFC 9113, 6.5.2)."""
+"""What the two ends of an HTTP/2 connection say of themselves in their settings (RFC 9113, 6.5.2)."""
 
 from __future__ import annotations
 
 from relay.wires import http2
 from relay.wires.http2 import Code, Http2Error, Setting
+from relay.wires.http2_reader import MOST_FRAME
+from relay.wires.http2_stream import UNASKED
+
+#: Calls at a time; further ones are put off by the client itself.
+STREAMS = 1000
+#: Bytes that may be on their way to us; of what has come, each stream bounds its own.
+WINDOW = 16 * 1024 * 1024
+
+
+def welcome(most_head: int) -> bytes:
+    """Return what the server says first; heads of up to `most_head` bytes are taken.
+
+    That is more than the limit, so that the answer is ours: a client refuses by itself what is longer.
+    """
+    values = {
+        Setting.MAX_CONCURRENT_STREAMS: STREAMS,
+        Setting.INITIAL_WINDOW_SIZE: UNASKED,
+        Setting.MAX_FRAME_SIZE: MOST_FRAME,
+        Setting.MAX_HEADER_LIST_SIZE: most_head,
+        Setting.GRPC_ALLOW_TRUE_BINARY_METADATA: 1,
+    }
+    return http2.settings(values) + http2.window_update(0, WINDOW - http2.FIRST_WINDOW)
 
 
 class Wants:
-    """See the module.
+    """What the client has said.
 
     Attributes:
         window: bytes that it takes of each answer unasked.

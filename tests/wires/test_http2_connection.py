@@ -11,10 +11,10 @@ import pytest
 from drills.http2 import frame
 from relay.limits import Pace
 from relay.refusal import NodeGone
-from relay.wires import http2, http2_leaving
+from relay.wires import http2
 from relay.wires.http2 import Code
-from relay.wires.http2_connection import STREAMS, WINDOW
 from relay.wires.http2_stream import AHEAD, UNASKED
+from relay.wires.http2_wants import STREAMS, WINDOW
 from tests.http2_ends import (
     ASKS,
     GREETING,
@@ -553,67 +553,6 @@ async def test_the_allowance_comes_back_with_time() -> None:
 
 
 # -- its end ----------------------------------------------------------------------------------------
-
-
-async def test_a_client_that_is_to_leave_gets_its_answers_also_to_what_was_on_its_way() -> None:
-    client = Client()
-    client.ask(1)
-    client.connection.leave()
-    client.connection.leave()
-    goaway, ping = client.got()
-    assert (goaway.kind, goaway.payload[:4], goaway.code) == (
-        http2.GOAWAY,
-        b"\x7f\xff\xff\xff",
-        Code.NO_ERROR,
-    )
-    client.ask(3)  # it was on its way
-    assert client.last.number == 3
-    client.send(frame(http2.PING, http2.ACK, 0, ping.payload), asks(5), data(5, b"x"))
-    assert client.goaway() == (3, Code.NO_ERROR)
-    assert client.last.number == 3
-    for stream in list(client.begun):
-        assert stream.answer(HEAD, b"", TRAILERS)
-    *_, ping = client.got()
-    assert (ping.kind, ping.flags) == (http2.PING, 0)
-    await asyncio.sleep(3 * http2_leaving._LOOK)
-    assert not client.is_closed()  # it must have read what was written
-    client.send(frame(http2.PING, http2.ACK, 0, ping.payload))
-    await asyncio.sleep(3 * http2_leaving._LOOK)
-    assert client.is_closed()
-    assert not client.is_cut()
-    client.lose()
-    assert client.is_done()
-
-
-async def test_a_client_that_never_says_that_it_heard_is_told_the_last_call_nevertheless() -> None:
-    client = Client()
-    client.ask(1)
-    client.connection.leave()
-    client.got()
-    client.connection.tick(time.monotonic() + 0.5)
-    assert client.got() == []
-    client.connection.tick(time.monotonic() + 1.5)
-    assert client.goaway() == (1, Code.NO_ERROR)
-    client.send(asks(3))
-    assert client.last.number == 1
-
-
-async def test_a_client_that_does_not_take_the_end_is_cut() -> None:
-    client = Client()
-    client.connection.leave()
-    client.send(frame(http2.PING, http2.ACK, 0, http2_leaving.PING))
-    client.pipe.held = 100
-    now = time.monotonic()
-    client.connection.tick(now)
-    client.connection.tick(now + 19)
-    assert not client.is_cut()
-    client.pipe.held = 50  # it takes some
-    client.connection.tick(now + 21)
-    client.connection.tick(now + 40)
-    assert not client.is_cut()
-    client.connection.tick(now + 42)
-    assert client.is_cut()
-    client.lose()
 
 
 async def test_a_connection_leaves_when_it_is_old_or_idle() -> None:
