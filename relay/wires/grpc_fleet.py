@@ -21,7 +21,7 @@ from relay.wires import grpc_adapter
 from relay.wires.grpc_message import PREFIX, WHOLE, too_large
 from relay.wires.grpc_request import OBJECTS, Receiver
 from relay.wires.grpc_rpc import Rpc
-from relay.wires.grpc_status import HEAD, NO_GRPC, NO_POST, UNIMPLEMENTED, end, is_grpc, status
+from relay.wires.grpc_status import HEAD, NO_GRPC, NO_POST, UNIMPLEMENTED, broken, end, is_grpc, status
 from relay.wires.http2 import Code
 
 if TYPE_CHECKING:
@@ -207,7 +207,9 @@ class GrpcFront:
             log.warning(
                 "answer broke off", method=call.method.rpc, request_id=call.request_id, error=str(error)
             )
-            rpc.stream.reset(Code.REFUSED_STREAM)
+            # No reset: of one in mid-answer nginx makes INTERNAL, for which a node gives its message up.
+            if not rpc.stream.gone:
+                rpc.stream.head(broken(call.request_id), last=True)
         except Exception as error:
             # A bug of ours must not reach a node as UNKNOWN.
             log.exception("call failed", method=call.method.rpc, request_id=call.request_id)

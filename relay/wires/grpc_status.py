@@ -55,6 +55,14 @@ def end(trailing: Metadata) -> bytes:
     return encode([*_OK, *trailing]) if trailing else OK
 
 
+def broken(request_id: str) -> bytes:
+    """Return the trailers of an answer that broke off: the status counts, and what came of it does not."""
+    code = b"%d" % CODES["UNAVAILABLE"]
+    return encode(
+        [(b"grpc-status", code), (b"grpc-message", b"cut"), (b"x-request-id", request_id.encode("ascii"))]
+    )
+
+
 def status(code: str, details: str, trailing: Metadata) -> bytes:
     """Return the head of an answer that is nothing but a status."""
     message = quote(details, safe=_PLAIN).encode("ascii")

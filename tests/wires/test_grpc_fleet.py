@@ -364,7 +364,7 @@ BROKEN = {
 async def test_a_part_never_passes_for_the_whole(
     serve: Callable[..., Awaitable[Served]], how: str, wire: Wire
 ) -> None:
-    """Its node is told by a reset that grpc makes UNAVAILABLE of, which all nodes survive."""
+    """Its node is told UNAVAILABLE behind what came of it, which passes any proxy and is survived."""
     body = BROKEN[how]()
 
     async def answer(call: Call) -> Reply:

@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from relay.bridge import STATUS
-from relay.wires.grpc_status import CODES, HEAD, OK, end, is_grpc, status
+from relay.wires.grpc_status import CODES, HEAD, OK, broken, end, is_grpc, status
 from relay.wires.hpack import Decoder
 
 
@@ -41,6 +41,14 @@ def test_details_are_written_as_grpc_writes_them(details: str, told: bytes) -> N
         (b"grpc-status", b"7"),
         (b"grpc-message", told),
         (b"x-request-id", b"1"),
+    ]
+
+
+def test_an_answer_that_broke_off_is_one_to_ask_for_again() -> None:
+    assert fields(broken("a-1")) == [
+        (b"grpc-status", b"14"),
+        (b"grpc-message", b"cut"),
+        (b"x-request-id", b"a-1"),
     ]
 
 
