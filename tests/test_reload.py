@@ -776,7 +776,8 @@ def test_a_relay_that_ends_instead_is_told_at_once(
     tmp_path: Path, admin: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reload, "PATIENCE", 20.0)
-    ending = subprocess.Popen(["/bin/sleep", "600"])  # SIGHUP ends it
+    # SIGHUP ends it, also where the tests were started to outlive it (nohup).
+    ending = subprocess.Popen(["/usr/bin/env", "--default-signal=HUP", "sleep", "600"])
     threading.Thread(target=ending.wait).start()
     (tmp_path / "relay.pid").write_text(f"{ending.pid}\n")
     begun = time.monotonic()

@@ -201,7 +201,11 @@ class GrpcFront:
             rpc.end(refusal.reason.value, refusal=refusal)
             self._refused(rpc, call, refusal.reason)
         except NodeGone:
-            raise
+            if rpc.answering or rpc.stream.gone:
+                raise
+            # Who is taken for gone, and is not, shall live on.
+            rpc.end("node_gone", lost=rpc.reply is not None)
+            self._refused(rpc, call, Reason.INTERNAL)
         except _CutError as error:
             rpc.end("cut", lost=True)
             log.warning(

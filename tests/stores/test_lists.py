@@ -34,7 +34,8 @@ def test_what_is_no_file_is_neither_waited_for_nor_held_open(tmp_path: Path) -> 
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(ListError, match="is no file"):
             read(path)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    # Fewer, if what other tests have left is collected meanwhile.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_a_line_is_added_and_taken_away_and_the_others_stay() -> None:

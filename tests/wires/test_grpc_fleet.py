@@ -17,7 +17,7 @@ from relay import dialect
 from relay.call import Payload, Reply, Source, Wire
 from relay.fleet import Kind, Method
 from relay.quota import GUESS, STEP, Share
-from relay.refusal import Reason, Refusal
+from relay.refusal import NodeGone, Reason, Refusal
 from relay.wires import grpc_adapter
 from relay.wires.http2_stream import AHEAD
 from tests.grpc_ends import GrpcNode
@@ -723,3 +723,17 @@ async def test_an_adapter_that_is_not_served_is_refused(serve: Callable[..., Awa
     answered = await served.node.ask(grpc_adapter.PATH, contained(Method.PULL_MESSAGES))
     assert answered.code == "UNAVAILABLE"
     assert served.strays == ["unsupported"]
+
+
+@pytest.mark.parametrize("method", [Method.PULL_MESSAGES, Method.PUSH_OBJECT])
+async def test_a_node_that_is_taken_for_gone_and_is_not_lives_on(
+    serve: Callable[..., Awaitable[Served]], method: Method
+) -> None:
+    async def gone(_: Call) -> Reply:
+        raise NodeGone
+
+    served = await serve(gone)
+    answered = await served.node.ask(method, REQUEST)
+    told = dialect.answer(Wire.GRPC, Reason.INTERNAL, method)
+    assert answered.code == (told.code if isinstance(told, dialect.Abort) else "OK")
+    assert (await served.ending()).outcome == "node_gone"
